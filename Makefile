@@ -1,0 +1,49 @@
+# A fresh machine needs Python 3.11 and make; everything else is installed into .venv.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test demo lint types wheel clean
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/ssd_voc.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# Run where neither the working tree nor its editable install can stand in for the wheel.
+define SMOKE_TEST
+import importlib.util, pathlib
+import sparsenet, sparsenet.adapters
+site = pathlib.Path("site").resolve()
+for module in (sparsenet, sparsenet.adapters):
+    assert site in pathlib.Path(module.__file__).resolve().parents, module.__file__
+assert importlib.util.find_spec("adapters") is None, "`adapters` belongs to another project"
+endef
+export SMOKE_TEST
+
+# build/ goes before and after: setuptools packs what an earlier build left there, and ruff would read it.
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	rm -rf build
+	outside=$$(mktemp -d) && trap 'rm -rf "$$outside"' EXIT && \
+	$(BIN)/python -m pip install --no-deps --target "$$outside/site" dist/sparsenet-*.whl && \
+	cd "$$outside" && PYTHONPATH=site $(BIN)/python -c "$$SMOKE_TEST"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@

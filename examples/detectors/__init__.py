@@ -1,0 +1,1 @@
+"""Detectors the recipes train."""

@@ -1,0 +1,47 @@
+"""How a masked convolution on rows is computed, and the choice among the ways.
+
+A backend is a module with two functions:
+
+- `unsupported(weight, groups) -> str | None`: the reason why it cannot compute a layer, or `None`;
+- `convolve(rows, weight, groups, kernel_map) -> Tensor`: rows (n_in, C) and weight (O, C / groups, kh, kw)
+  to rows (n_out, O), without bias; `kernel_map` is `None` where each site reads only itself.
+
+`"reference"` is no backend of rows: it asks for the masked dense storage, the slow and obvious meaning that
+every backend is tested against.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from sparsenet.backends import rows, spconv
+from sparsenet.sites import KernelMap
+
+BACKENDS: dict[str, ModuleType] = {"rows": rows, "spconv": spconv}
+NAMES = ("auto", "reference", *BACKENDS)
+
+
+def check(name: str) -> str:
+    """`name`, if it is a backend that can be used here; an error that names the way out otherwise."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
+    if name == "spconv":
+        spconv.load()
+    return name
+
+
+def choose(name: str, weight: Tensor, groups: int) -> tuple[str, str | None]:
+    """The backend that computes a layer, and why it is not the one asked for, if it is not."""
+    asked = "rows" if name in ("auto", "reference") else name
+    reason = BACKENDS[asked].unsupported(weight, groups)
+    return (asked, None) if reason is None else ("rows", f"{asked}: {reason}")
+
+
+def convolve(
+    name: str, rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None
+) -> Tensor:
+    """Masked convolution of rows (n_in, C) to rows (n_out, O) by the backend `name`, as `choose` gave it."""
+    out: Tensor = BACKENDS[name].convolve(rows, weight, groups, kernel_map)
+    return out if bias is None else out + bias

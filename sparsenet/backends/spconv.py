@@ -1,0 +1,79 @@
+"""spconv's functional layer with our kernel maps.
+
+spconv's own modules cannot take an imposed set of output sites, so its tables are made here from the kernel
+map. On CPU its native algorithm runs; on CUDA implicit gemm where no gradient is asked for, the native
+algorithm where one is. Whatever spconv cannot compute is named by `unsupported`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsenet.sites import KernelMap
+
+
+def load() -> SimpleNamespace:
+    """spconv's functional layer, imported when first asked for: the import takes seconds."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its use of torch.cuda.amp
+            spconv = importlib.import_module("spconv.pytorch")
+            return SimpleNamespace(
+                ops=spconv.ops,
+                convolve=importlib.import_module("spconv.pytorch.functional").SparseConvFunction.apply,
+                native=importlib.import_module("spconv.core").ConvAlgo.Native,
+            )
+    except ImportError as error:
+        raise ImportError(
+            "the spconv backend needs the package spconv, which could not be imported: install spconv-cu120 "
+            "(Python < 3.12) or a newer spconv-cu12x wheel, or use backend='rows'"
+        ) from error
+
+
+def unsupported(weight: Tensor, groups: int) -> str | None:
+    if groups != 1:
+        return "spconv has no grouped convolution"
+    if weight.shape[2:].numel() == 1:
+        return "spconv scrambles the weights of 1x1 layers; they are a plain matrix product"
+    if not weight.is_cuda and weight.dtype not in (torch.float32, torch.float64):
+        return f"spconv has no {weight.dtype} on CPU"
+    return None
+
+
+def convolve(rows: Tensor, weight: Tensor, groups: int, kernel_map: KernelMap | None) -> Tensor:
+    assert kernel_map is not None, "a layer of one tap is refused by `unsupported`"
+    spconv = load()
+    outputs = len(kernel_map.table)
+    if outputs == 0 or len(rows) == 0:
+        # spconv asserts on empty tensors; the sum keeps both operands in the graph.
+        return rows.new_zeros(outputs, weight.shape[0]) + (rows.sum() + weight.sum()) * 0
+    filters = weight.permute(0, 2, 3, 1).contiguous()
+    rows = rows.contiguous()
+    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    if rows.is_cuda and not needs_grad and kernel_map.table.shape[1] <= 32:
+        return _implicit_gemm(spconv, rows, filters, kernel_map)
+    pairs, counts = kernel_map.pairs
+    result: Tensor = spconv.convolve(rows, filters, pairs, counts, outputs, spconv.native)
+    return result
+
+
+def _implicit_gemm(spconv: SimpleNamespace, rows: Tensor, filters: Tensor, kernel_map: KernelMap) -> Tensor:
+    """The CUDA path: input row by (tap, output row), a bit for each tap that finds a row, and the output rows in
+    the order of these bits, so that rows of like pattern share a tile."""
+    found = kernel_map.table >= 0
+    bits = (found.long() << torch.arange(found.shape[1], device=found.device)).sum(1)
+    bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+    pairs = torch.where(found, kernel_map.table, -1).T.contiguous()
+    every_tap = [np.array([0xFFFFFFFF], dtype=np.uint32)]
+    order = bits.argsort().int()
+    result: Tensor
+    result, *_ = spconv.ops.implicit_gemm(
+        rows, filters, pairs, [bits[:, None]], [order], len(bits), every_tap, is_train=False, is_subm=False
+    )
+    return result

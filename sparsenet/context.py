@@ -1,0 +1,92 @@
+"""What a caller sets around a forward pass, and where the caller's images lie in the network's input.
+
+Both are context variables, so that threads, nested models and re-entrant calls stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsenet import backends
+from sparsenet.regions import Frame, Regions, check_regions
+
+if TYPE_CHECKING:
+    from sparsenet.selection import Observer
+    from sparsenet.train import DirectSupervision
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for the forward passes inside the current `with` blocks."""
+
+    regions: Regions | None = None
+    backend: str | None = None
+    supervision: DirectSupervision | None = None
+    observers: tuple[Observer, ...] = ()
+
+
+_settings: ContextVar[Settings] = ContextVar("sparsenet.settings")
+_frame: ContextVar[Frame | None] = ContextVar("sparsenet.frame", default=None)
+
+
+def current() -> Settings:
+    return _settings.get(Settings())
+
+
+def frame() -> Frame | None:
+    """Where the images of the current forward pass lie; `None` when the root module was not called."""
+    return _frame.get()
+
+
+def set_frame(frame: Frame | None) -> None:
+    _frame.set(frame)
+
+
+@contextmanager
+def setting(**changes: Any) -> Iterator[None]:
+    token = _settings.set(replace(current(), **changes))
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+@contextmanager
+def use_mask(mask: Tensor | list[Tensor]) -> Iterator[None]:
+    """Inside, every selective model takes its mask from here instead of from its selector.
+
+    Args:
+        mask: one of
+            - a bool tensor (N, H, W) of any H and W: it covers each image whole, and a cell of a feature map is
+              active if any of it is;
+            - a list of N bool tensors (H, W), for detectors whose images differ in size;
+            - a list of N tensors (boxes, 4): x1, y1, x2, y2 in pixels of the images as the caller gives them.
+              What lies outside the image is clipped.
+            A detector's own resizing and batch padding are followed; padding is inactive.
+
+    Raises:
+        TypeError, ValueError: here for a wrong dtype or shape and for boxes with NaN; in the forward pass for a
+            mask of another batch size.
+    """
+    with setting(regions=check_regions(mask)):
+        yield
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside, masked convolutions run by `name`: "reference" (masked dense storage), "rows" or "spconv".
+
+    Layers that spconv does not support run by "rows"; `record` tells which.
+
+    Raises:
+        ValueError: for an unknown name.
+        ImportError: for "spconv" where it is not installed.
+    """
+    with setting(backend=backends.check(name)):
+        yield

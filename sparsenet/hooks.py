@@ -1,0 +1,61 @@
+"""The hooks that surgery puts on a model: importable classes, so that models pickle and deep-copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sparsenet import context
+from sparsenet.regions import Frame
+from sparsenet.selector import Selector
+
+
+@dataclass(eq=False)
+class StageHook:
+    """Forward hook of the embed stage: its output goes on as guided features."""
+
+    selector: Selector
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.selector.enter(output)
+
+
+@dataclass(eq=False)
+class BeginHook:
+    """Forward pre-hook of the root: notes where the images lie, and begins a record."""
+
+    selector: Selector
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        context.set_frame(_frame(images))
+        for observer in context.current().observers:
+            if observer.selector is self.selector:
+                observer.begin()
+
+
+@dataclass(eq=False)
+class EndHook:
+    """Forward hook of the root, called after an error too."""
+
+    selector: Selector
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        context.set_frame(None)
+        for observer in context.current().observers:
+            if observer.selector is self.selector:
+                observer.end()
+
+
+def _frame(images: list[Tensor]) -> Frame | None:
+    """The first map among a model's inputs, or a detector's list of images, whose adapter will say where it puts them."""
+    for image in images:
+        if image.dim() == 4:
+            return Frame.plain(len(image), (image.shape[2], image.shape[3]))
+    sizes = [(image.shape[1], image.shape[2]) for image in images if image.dim() == 3]
+    if not sizes:
+        return None
+    return Frame(sizes, sizes, (max(height for height, _ in sizes), max(width for _, width in sizes)))

@@ -1,0 +1,67 @@
+"""The convolution that surgery leaves in place of a guided `nn.Conv2d`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsenet.features import Features
+from sparsenet.rules.conv import masked_conv2d
+
+
+class MaskedConv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` that computes guided features at their active sites only, and anything else as ever.
+
+    Made from a convolution by `guide` and turned back by `release`, which change the class and nothing else: the
+    parameters, their names and their identity stay.
+
+    Attributes:
+        path: the module's path in its model.
+        size: (height, width) of its output in the dry run.
+        backend: this layer's own choice; "auto" leaves it to the model.
+        fill: what inactive pixels hold where the result leaves the guided region, (out_channels,), or `None` for 0.
+    """
+
+    path: str
+    size: tuple[int, int]
+    backend: str
+    fill: Tensor | None
+
+    @classmethod
+    def guide(cls, conv: nn.Conv2d, path: str, size: tuple[int, int], fill: Tensor | None = None) -> MaskedConv2d:
+        conv.__class__ = cls
+        assert isinstance(conv, cls)
+        conv.path, conv.size, conv.backend = path, size, "auto"
+        conv.register_buffer("fill", fill, persistent=False)
+        return conv
+
+    def release(self) -> nn.Conv2d:
+        del self.path, self.size, self.backend, self.fill
+        self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Features):
+            return super().forward(input)
+        padding_mode = self.padding_mode
+        return masked_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            padding_mode=padding_mode,
+            backend=self.backend,
+            fill=self.fill,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, masked at {self.size[0]}x{self.size[1]}, backend={self.backend}"
+
+
+def guided_convolutions(model: nn.Module) -> list[MaskedConv2d]:
+    return [module for module in model.modules() if isinstance(module, MaskedConv2d)]
+
+

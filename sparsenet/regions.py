@@ -1,0 +1,148 @@
+"""Masks and boxes in the pixels of the caller's images, brought to the network's input and to its feature maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet.sites import Pair
+
+
+@dataclass
+class Frame:
+    """Where the caller's images lie in the network's input: each at the top left of its `canvas`.
+
+    Sizes are (height, width) in pixels: `originals` as the caller gave the images, `placed` as they lie in the
+    canvas after the network's own resizing. What a canvas holds beside its image is batch padding.
+    """
+
+    originals: list[Pair]
+    placed: list[Pair]
+    canvas: Pair
+
+    @classmethod
+    def plain(cls, batch: int, size: Pair) -> Frame:
+        """Of a network that takes its images as they are."""
+        return cls([size] * batch, [size] * batch, size)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Checked regions of interest of a batch: one bool mask (H, W) or one box tensor (boxes, 4) per image."""
+
+    masks: list[Tensor] | None = None
+    boxes: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.masks if self.masks is not None else self.boxes or [])
+
+    def entry_mask(self, frame: Frame | None, batch: int, device: torch.device) -> Tensor:
+        """The mask of the whole batch, bool (N, H, W), of any H and W, covering the network's input.
+
+        Raises:
+            ValueError: when there are not as many regions as images; for boxes and per-image masks, when the
+                root module was not called, so that nothing is known of the images.
+        """
+        if len(self) != batch:
+            raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
+        if self.masks is not None and (frame is None or frame.originals == frame.placed == [frame.canvas] * batch):
+            if len({mask.shape for mask in self.masks}) == 1:
+                return torch.stack(self.masks).to(device)
+        if frame is None:
+            raise ValueError(
+                "boxes and per-image masks need the sizes of the images: call the selective model whole, "
+                "or give a bool mask (N, H, W)"
+            )
+        canvas = torch.zeros(batch, *frame.canvas, dtype=torch.bool, device=device)
+        if self.masks is not None:
+            for image, mask, (height, width) in zip(canvas, self.masks, frame.placed, strict=True):
+                image[:height, :width] = any_pool(mask[None].to(device), (height, width))[0]
+        else:
+            for image, boxes in zip(canvas, self.placed_boxes(frame), strict=True):
+                for x1, y1, x2, y2 in boxes.tolist():
+                    if x2 > x1 and y2 > y1:
+                        image[int(y1) : -int(-y2 // 1), int(x1) : -int(-x2 // 1)] = True
+        return canvas
+
+    def placed_boxes(self, frame: Frame) -> list[Tensor]:
+        """Boxes in the pixels of the network's input, clipped to their image: float (boxes, 4) each."""
+        assert self.boxes is not None
+        placed = []
+        for boxes, (from_h, from_w), (to_h, to_w) in zip(self.boxes, frame.originals, frame.placed, strict=True):
+            limit = boxes.new_tensor([to_w, to_h, to_w, to_h])
+            scale = limit / boxes.new_tensor([from_w, from_h, from_w, from_h])
+            placed.append((boxes * scale).clamp(min=0).minimum(limit))
+        return placed
+
+
+class Everywhere(Regions):
+    """Regions of a pass in which every pixel is active, whatever its batch."""
+
+    def entry_mask(self, frame: Frame | None, batch: int, device: torch.device) -> Tensor:
+        return torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
+
+
+def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Regions:
+    """`Regions` of what a caller gives: see `sparsenet.use_mask` for the forms.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype or shape, for NaN, and for boxes of x2 < x1 or y2 < y1.
+    """
+    forms = "a bool tensor (N, H, W), or a list with one bool mask (H, W) or box tensor (boxes, 4) per image"
+    if isinstance(regions, Tensor):
+        if regions.dtype != torch.bool:
+            raise TypeError(f"a mask must be bool, not {regions.dtype} (use `mask > 0`); a mask is {forms}")
+        if regions.dim() != 3 or 0 in regions.shape[1:]:
+            raise ValueError(f"a mask tensor must be (N, H, W), not {tuple(regions.shape)}; a mask is {forms}")
+        return Regions(masks=list(regions))
+    if not isinstance(regions, list | tuple) or not all(isinstance(part, Tensor) for part in regions):
+        raise TypeError(f"a mask is {forms}, not {type(regions).__name__}")
+    parts = list(regions)
+    if parts and all(part.dtype == torch.bool for part in parts):
+        if any(part.dim() != 2 or part.numel() == 0 for part in parts):
+            raise ValueError(f"each image's mask must be (H, W), not {[tuple(part.shape) for part in parts]}")
+        return Regions(masks=parts)
+    for part in parts:
+        if part.dtype == torch.bool or part.is_complex():
+            raise TypeError(f"boxes must be numbers, not {part.dtype}; a mask is {forms}")
+        if part.numel() and (part.dim() != 2 or part.shape[1] != 4):
+            raise ValueError(f"boxes must be (boxes, 4): x1, y1, x2, y2, not {tuple(part.shape)}")
+    boxes = [part.reshape(-1, 4).float() for part in parts]
+    for image, part in enumerate(boxes):
+        if part.isnan().any():
+            raise ValueError(f"boxes of image {image} have NaN: {part[part.isnan().any(1)].tolist()}")
+        if (part[:, 2:] < part[:, :2]).any():
+            raise ValueError(f"boxes of image {image} are not x1, y1, x2, y2: some have x2 < x1 or y2 < y1")
+    return Regions(boxes=boxes)
+
+
+def any_pool(mask: Tensor, size: Pair) -> Tensor:
+    """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
+    if mask.shape[1:] == size:
+        return mask
+    coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
+    pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)
+    return F.interpolate(pooled, size, mode="nearest")[:, 0] > 0
+
+
+def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:
+    """Cells that boxes, grown by one stride on each side, touch: bool (N, *size).
+
+    Columns ⌊(x1 - s) / s⌋ … ⌈(x2 + s) / s⌉ - 1, clipped, and rows alike: the target mask of direct supervision
+    (SCN, section on direct supervision: "expand one stride").
+
+    Args:
+        boxes: float (boxes, 4) for each image, in pixels of the network's input.
+        stride: pixels of the input per cell, (vertical, horizontal).
+    """
+    cells = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes[0].device if boxes else None)
+    for image, part in zip(cells, boxes, strict=True):
+        step = part.new_tensor([stride[1], stride[0]])
+        low = ((part[:, :2] - step) / step).floor().clamp(min=0).long().tolist()
+        high = ((part[:, 2:] + step) / step).ceil().clamp(min=0).long().tolist()
+        for (left, top), (right, bottom) in zip(low, high, strict=True):
+            image[top:bottom, left:right] = True
+    return cells

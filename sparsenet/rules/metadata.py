@@ -1,0 +1,79 @@
+"""What a feature map is asked about itself, and copies of it: no pixel is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsenet.features import Features, Leaves, rule
+
+_ATTRIBUTES = "shape ndim dtype device layout is_leaf grad_fn grad is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn is_nested is_xla is_mps itemsize nbytes names _version output_nr"
+_METHODS = "size dim ndimension numel nelement element_size is_floating_point is_complex is_inference is_contiguous stride get_device __len__ __hash__ has_names is_signed"
+
+
+@rule(
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+    Tensor.requires_grad_,
+    Tensor.requires_grad.__set__,
+)
+def metadata(func: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+@rule(Tensor.requires_grad.__get__)
+def requires_grad(func: Any, x: Features) -> bool:
+    return bool(metadata(func, x)) or x.value.requires_grad or x.gate_is_live()
+
+
+@rule(Tensor.__repr__, Tensor.__str__, Tensor.__format__)
+def show(func: Any, x: Features, *args: Any, **kwargs: Any) -> str:
+    return Features.__repr__(x)
+
+
+@rule(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook)
+def gradient_hooks(func: Any, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"Tensor.{func.__name__} on guided features would never see their gradient, which flows between their "
+        "values: hook a parameter, or an ordinary tensor made by `features + 0` outside the guided region"
+    )
+
+
+@rule(Tensor.data.__set__)
+def set_data(func: Any, *args: Any) -> None:
+    raise RuntimeError("guided features do not take new .data: return a new tensor instead")
+
+
+@rule(Tensor.detach, torch.detach, Tensor.data.__get__)
+def detach(func: Any, x: Features) -> Features:
+    return x.like(x.value.detach(), live=False)
+
+
+@rule(Tensor.contiguous)
+def contiguous(func: Any, x: Features, *, memory_format: Any = None) -> Features:
+    return x  # how a value lies in memory is its storage's own affair
+
+
+@rule(Tensor.clone, torch.clone)
+def clone(func: Any, x: Features, *, memory_format: Any = None) -> Features:
+    return x.like(x.value.clone())
+
+
+@rule(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as)
+def to(func: Any, x: Features, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("memory_format", None)
+    arguments = [other.value if isinstance(other, Features) else other for other in (x, *args)]
+    if not isinstance(x, Features):
+        return func(*arguments, **kwargs)
+    value = func(*arguments, **kwargs)
+    if not isinstance(value, Tensor):
+        return value  # Tensor.type() without arguments is a string
+    if value.device != x.selection.device:
+        raise Leaves("moves to another device than its sites")
+    return x if value is x.value else x.like(value)

@@ -1,0 +1,59 @@
+"""Normalisation over channels, and batch normalisation with the statistics of active pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet.features import Features, Leaves, SparseFeatures, rule
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    func: Any,
+    x: Features,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Features:
+    if not training:
+        return x.like(func(x.value, running_mean, running_var, weight, bias, False, momentum, eps))
+    count = len(x.selection.sites(x.grid))
+    if count < 2:  # no variance: the running statistics stand in, and stay as they are
+        channels = x.value.shape[1]
+        mean = x.value.new_zeros(channels) if running_mean is None else running_mean
+        var = x.value.new_ones(channels) if running_var is None else running_var
+        return x.like(func(x.value, mean, var, weight, bias, False, momentum, eps))
+    if isinstance(x, SparseFeatures) and not x.full:
+        return x.like(func(x.value, running_mean, running_var, weight, bias, True, momentum, eps))
+    active = active_rows(x)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(active.mean(0).to(running_mean), momentum)
+            running_var.lerp_(active.var(0, unbiased=True).to(running_var), momentum)
+    mean, var = active.mean(0), active.var(0, unbiased=False)
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    value = (x.value - mean[:, None, None]) * scale[:, None, None]
+    return x.like(value if bias is None else value + bias[:, None, None])
+
+
+def active_rows(x: Features) -> Tensor:
+    """The values at active sites, (n, C), in either storage."""
+    value = x.restricted()
+    if isinstance(x, SparseFeatures):
+        return value[0, :, :, 0].T
+    return value.permute(0, 2, 3, 1)[x.selection.sites(x.grid).mask]
+
+
+@rule(F.normalize)
+def normalize(func: Any, x: Features, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Features:
+    if out is not None or dim not in (1, -3):
+        raise Leaves("normalises over another dimension than channels")
+    return x.like(func(x.value, p, 1, eps))

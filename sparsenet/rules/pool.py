@@ -1,0 +1,108 @@
+"""Max and average pooling over windows, with `ceil_mode` and padding as PyTorch has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, rule
+from sparsenet.rules.conv import pair
+from sparsenet.sites import Pair, Window
+
+
+def _window(
+    grid: Pair, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> tuple[Window, Pair]:
+    """The window of a pooling operation, and the size of its output."""
+    kernel = pair(kernel_size)
+    stride = kernel if stride is None or stride == [] else pair(stride)
+    window = Window(kernel, stride, pair(padding), pair(dilation))
+    height, width = (
+        _length(size, pad, step * (taps - 1) + 1, by, ceil_mode)
+        for size, taps, by, pad, step in zip(
+            grid, window.kernel, window.stride, window.padding, window.dilation, strict=True
+        )
+    )
+    return window, (height, width)
+
+
+def _length(size: int, pad: int, reach: int, stride: int, ceil_mode: bool) -> int:
+    room = size + 2 * pad - reach
+    length = (-(-room // stride) if ceil_mode else room // stride) + 1
+    # A window that would start in the padding to the right does not count.
+    return length - 1 if ceil_mode and (length - 1) * stride >= size + pad else length
+
+
+def _columns(x: SparseFeatures, window: Window, out_grid: Pair, outside: float) -> Tensor:
+    """What each output site reads, (n_out, taps, C): rows, zeros for inactive pixels, `outside` beyond the image."""
+    kernel_map = x.selection.kernel_map(x.grid, x.full, window, out_grid)
+    rows = x.rows
+    padding = torch.stack([rows.new_zeros(rows.shape[1]), rows.new_full((rows.shape[1],), outside)])
+    gathered = torch.cat([rows, padding]).index_select(0, kernel_map.gather_padded)
+    return gathered.view(-1, window.taps, rows.shape[1])
+
+
+@rule(F.max_pool2d, torch.max_pool2d)
+def max_pool2d(
+    func: Any,
+    input: Features,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Features:
+    x = input
+    if return_indices:
+        raise Leaves("gives indices into the whole map")
+    window, out_grid = _window(x.grid, kernel_size, stride, padding, dilation, ceil_mode)
+    if isinstance(x, MaskedFeatures):
+        value = F.max_pool2d(x.read("max_pool2d"), kernel_size, stride, padding, dilation, ceil_mode)
+        return MaskedFeatures.make(value, x.selection, out_grid, full=False)
+    assert isinstance(x, SparseFeatures)
+    rows = _columns(x, window, out_grid, outside=-torch.inf).max(1).values
+    return SparseFeatures.of_rows(rows, x.selection, out_grid)
+
+
+@rule(F.avg_pool2d)
+def avg_pool2d(
+    func: Any,
+    input: Features,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Features:
+    x = input
+    window, out_grid = _window(x.grid, kernel_size, stride, padding, 1, ceil_mode)
+    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if isinstance(x, MaskedFeatures):
+        value = func(x.read("avg_pool2d"), *arguments)
+        return MaskedFeatures.make(value, x.selection, out_grid, full=False)
+    assert isinstance(x, SparseFeatures)
+    sums = _columns(x, window, out_grid, outside=0.0).sum(1)
+    # What a window divides by depends on its place alone: the sum of its counts over the average of ones.
+    area = divisor_override or _areas(x.grid, window, out_grid, count_include_pad, sums.device)
+    if isinstance(area, Tensor):
+        place = x.selection.sites(out_grid).index % (out_grid[0] * out_grid[1])
+        area = area.flatten().index_select(0, place)[:, None].to(sums.dtype)
+    return SparseFeatures.of_rows(sums / area, x.selection, out_grid)
+
+
+def _areas(grid: Pair, window: Window, out_grid: Pair, count_include_pad: bool, device: torch.device) -> Tensor:
+    """How many pixels each window divides by, (H, W): all that lie in the image, or in the image and its padding
+    (never beyond the padding, where `ceil_mode` lets windows reach)."""
+    lengths = []
+    for size, out, taps, by, pad in zip(
+        grid, out_grid, window.kernel, window.stride, window.padding, strict=True
+    ):
+        start = torch.arange(out, device=device) * by - pad
+        low, high = (-pad, size + pad) if count_include_pad else (0, size)
+        lengths.append((start + taps).clamp(max=high) - start.clamp(min=low))
+    return lengths[0][:, None] * lengths[1][None, :]

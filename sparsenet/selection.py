@@ -1,0 +1,144 @@
+"""A selection: the active sites of every resolution, for one call of the embed stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsenet.sites import ActiveSites, KernelMap, Pair, Window, kernel_map
+
+
+class Levels(Protocol):
+    """Where the masks of a selection come from: functions of the size alone, so that all operations of one size
+    agree whatever produces it first."""
+
+    def mask(self, size: Pair) -> Tensor:
+        """Active pixels: bool (N, *size)."""
+
+    def gate(self, size: Pair) -> Tensor | None:
+        """The mask as numbers (N, 1, *size) with a straight-through gradient, or `None` where it takes none."""
+
+    def saliency(self, size: Pair) -> Tensor | None:
+        """The probabilities behind the mask, (N, *size), or `None` where none were predicted."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation as it met guided features.
+
+    `status` is "guided", "reduction" (over space: the result is an ordinary tensor by nature) or "exit" (the
+    features became an ordinary tensor, for `reason`). MACs are of the whole batch: `macs` as computed at active
+    pixels, `dense_macs` as the original would compute them.
+    """
+
+    name: str
+    status: str
+    size: Pair
+    macs: int = 0
+    dense_macs: int = 0
+    backend: str | None = None
+    reason: str | None = None
+
+
+class Observer(Protocol):
+    """What watches the passes of one selector: see `sparsenet.record`."""
+
+    selector: nn.Module
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def selected(self, selection: Selection) -> None: ...
+
+    def operation(self, operation: Operation) -> None: ...
+
+    def uncounted(self) -> AbstractContextManager[None]: ...
+
+    def selecting(self) -> AbstractContextManager[None]: ...
+
+
+class Selection:
+    """One mask per resolution and image, and the kernel maps between them, shared by all layers of a pass.
+
+    It travels with the features, so that recomputation in a backward pass sees the same masks.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        batch: int,
+        size: Pair,
+        device: torch.device,
+        backend: str,
+        strict: bool,
+        observers: tuple[Observer, ...],
+    ):
+        self.levels = levels
+        self.batch = batch
+        self.size = size
+        self.device = device
+        self.backend = backend
+        self.strict = strict
+        self.observers = observers
+        self._sites: dict[Pair, ActiveSites] = {}
+        self._everywhere: dict[Pair, ActiveSites] = {}
+        self._gates: dict[Pair, Tensor | None] = {}
+        self._maps: dict[tuple[Pair, bool, Window, Pair], KernelMap] = {}
+        for observer in observers:
+            observer.selected(self)
+
+    @property
+    def sizes(self) -> list[Pair]:
+        """The entry's size and every size that the pass has met since."""
+        return list(dict.fromkeys([self.size, *self._sites]))
+
+    def sites(self, size: Pair) -> ActiveSites:
+        if size not in self._sites:
+            self._sites[size] = ActiveSites(self.levels.mask(size))
+        return self._sites[size]
+
+    def everywhere(self, size: Pair) -> ActiveSites:
+        """All pixels of a resolution: what full features have."""
+        if size not in self._everywhere:
+            self._everywhere[size] = ActiveSites.all(self.batch, size, self.device)
+        return self._everywhere[size]
+
+    def mask(self, size: Pair) -> Tensor:
+        """Active pixels: bool (N, 1, *size)."""
+        return self.sites(size).mask[:, None]
+
+    def gate(self, size: Pair) -> Tensor | None:
+        """The mask with its straight-through gradient, (N, 1, *size), or `None`: see `Levels.gate`."""
+        if not torch.is_grad_enabled():
+            return None
+        if size not in self._gates:
+            with kept_from_checkpoints():
+                self._gates[size] = self.levels.gate(size)
+        return self._gates[size]
+
+    def kernel_map(self, size: Pair, full: bool, window: Window, out_size: Pair) -> KernelMap:
+        """From the features of one size (all pixels if `full`) to the active sites of another."""
+        key = (size, full, window, out_size)
+        if key not in self._maps:
+            source = self.everywhere(size) if full else self.sites(size)
+            self._maps[key] = kernel_map(source, window, self.sites(out_size))
+        return self._maps[key]
+
+    def report(self, operation: Operation) -> None:
+        for observer in self.observers:
+            observer.operation(operation)
+
+
+@contextmanager
+def kept_from_checkpoints() -> Iterator[None]:
+    """What is computed inside and cached stays out of activation checkpointing: its saved tensors are kept as
+    they are, for a recomputation that finds the cache filled would not save them a second time, which
+    `torch.utils.checkpoint` takes for an error."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield

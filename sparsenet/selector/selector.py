@@ -1,0 +1,105 @@
+"""The branch that selects: predicts which pixels matter at the embed stage and hands guided features on."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsenet import context
+from sparsenet.features import Features, MaskedFeatures, SparseFeatures
+from sparsenet.plan import Plan
+from sparsenet.selection import Levels, Selection
+from sparsenet.selector.levels import GivenLevels, LearnedLevels
+
+
+class GivenMask(nn.Module):
+    """A selector that predicts nothing: every call must give its mask by `sparsenet.use_mask`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise ValueError(
+            "this model was made with selector=GivenMask() and was called without a mask: call it inside "
+            "`with sparsenet.use_mask(mask):`"
+        )
+
+
+class Selector(nn.Module):
+    """`model.selector` of a selective model.
+
+    As a module it is the identity, because some containers run every child. The embed stage's forward hook calls
+    `enter` instead.
+
+    Args:
+        module: features (N, C, H, W) to logits (N, 1, H, W), such as a `SelectiveModule`.
+        octaves: how many learned downsamplings of the saliency the network needs.
+        backend: how masked convolutions run; see `sparsenet.use_backend`.
+        strict: raise where features leave the guided region.
+    """
+
+    threshold = 0.5
+    plan: Plan
+
+    def __init__(self, module: nn.Module, octaves: int, backend: str = "auto", strict: bool = False):
+        super().__init__()
+        self.module = module
+        self.down = nn.ModuleDict({str(k): _downsampler() for k in range(1, octaves + 1)})
+        self.backend = backend
+        self.strict = strict
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def enter(self, features: Tensor) -> Tensor:
+        """Guided features of an ordinary map (N, C, H, W); what is guided already stays as it is."""
+        if isinstance(features, Features):
+            return features
+        settings = context.current()
+        observers = tuple(observer for observer in settings.observers if observer.selector is self)
+        with ExitStack() as selecting:
+            for observer in observers:
+                selecting.enter_context(observer.selecting())
+            levels = self._levels(features)
+        live = isinstance(levels, LearnedLevels) and levels.live
+        backend = settings.backend or self.backend
+        if live and backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"the {backend} backend gives the mask no gradient, and this pass trains the mask by its effect: use "
+                "backend='reference' or 'auto', or direct supervision (sparsenet.train.direct)"
+            )
+        size = (features.shape[2], features.shape[3])
+        selection = Selection(levels, len(features), size, features.device, backend, self.strict, observers)
+        if live or backend == "reference":
+            return MaskedFeatures.make(features, selection, size, full=True)
+        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        return SparseFeatures.of_rows(rows, selection, size, full=True)
+
+    def _levels(self, features: Tensor) -> Levels:
+        settings = context.current()
+        if settings.regions is not None:
+            return GivenLevels(settings.regions.entry_mask(context.frame(), len(features), features.device))
+        logits = self.module(features)
+        expected = (len(features), 1, *features.shape[2:])
+        if logits.shape == (expected[0], *expected[2:]):
+            logits = logits[:, None]
+        if tuple(logits.shape) != expected:
+            raise ValueError(
+                f"the selector must give one logit per pixel, {expected}, but gave {tuple(logits.shape)}"
+            )
+        supervision = settings.supervision
+        live = supervision is None and self.training and torch.is_grad_enabled() and logits.requires_grad
+        target = None if supervision is None else supervision.warmup_target(context.frame(), len(features))
+        levels = LearnedLevels(logits, self.down, self.threshold, live, target)
+        if supervision is not None:
+            supervision.observe(levels, context.frame())
+        return levels
+
+
+def _downsampler() -> nn.Conv2d:
+    """Probabilities of one octave to the logits of the next. It starts as a pooling: with every tap at 2 and bias -3
+    a cell is on if two of its pixels are, and a background of probability 0.1 stays off."""
+    convolution = nn.Conv2d(1, 1, 3, stride=2, padding=1)
+    nn.init.constant_(convolution.weight, 2.0)
+    nn.init.constant_(convolution.bias, -3.0)  # type: ignore[arg-type]
+    return convolution

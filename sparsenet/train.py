@@ -1,0 +1,92 @@
+"""Supervision of the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsenet import context
+from sparsenet.record import selector_of
+from sparsenet.regions import Frame, Regions, box_cells, check_regions
+from sparsenet.selector.levels import LearnedLevels
+from sparsenet.sites import Pair
+
+
+class DirectSupervision:
+    """Boxes as targets of the saliency maps: see `direct`."""
+
+    def __init__(self, regions: Regions, warmup: bool):
+        self.regions = regions
+        self.warmup = warmup
+        self._passes: list[tuple[LearnedLevels, Frame]] = []
+
+    def loss(self) -> Tensor:
+        """Binary cross-entropy averaged over all coordinates of all saliency maps (SCN's Lm): a scalar with gradient.
+
+        Raises:
+            RuntimeError: when no forward pass of a selective model ran inside the `with` block.
+        """
+        if not self._passes:
+            raise RuntimeError("no selective model ran inside this `with sparsenet.train.direct(...)` block")
+        total, count = torch.zeros(()), 0
+        for levels, frame in self._passes:
+            for size in levels.supervised:
+                logits = levels.logits(size)
+                assert logits is not None
+                target = self.target(frame, size).to(logits)
+                total = total.to(logits) + F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="sum")
+                count += target.numel()
+        return total / max(1, count)
+
+    def target(self, frame: Frame, size: Pair) -> Tensor:
+        """1 inside the boxes grown by one stride of that size, 0 outside: bool (N, *size)."""
+        stride = tuple(2 ** round(torch.tensor(of / to).log2().item()) for of, to in zip(frame.canvas, size, strict=True))
+        return box_cells(self.regions.placed_boxes(frame), size, stride)
+
+    # -- for the selector --------------------------------------------------------------------------------------
+
+    def observe(self, levels: LearnedLevels, frame: Frame | None) -> None:
+        self._passes.append((levels, self._known(frame, len(levels.octaves[0]))))
+
+    def warmup_target(self, frame: Frame | None, batch: int) -> Callable[[Pair], Tensor] | None:
+        known = self._known(frame, batch)
+        return (lambda size: self.target(known, size)) if self.warmup else None
+
+    def _known(self, frame: Frame | None, batch: int) -> Frame:
+        if len(self.regions) != batch:
+            raise ValueError(f"boxes are given for {len(self.regions)} images, but the batch has {batch}: give one tensor per image")
+        if frame is None:
+            raise ValueError("direct supervision needs the sizes of the images: call the selective model whole")
+        return frame
+
+
+@contextmanager
+def direct(model: nn.Module, boxes: list[Tensor], *, warmup: bool = False) -> Iterator[DirectSupervision]:
+    """Train the mask directly: forward passes inside use the predicted hard mask, detached, and boxes supervise the
+    saliency (SCN, arXiv 2002.01205, direct supervision).
+
+        with sparsenet.train.direct(model, [t["boxes"] for t in targets], warmup=step < 100) as supervision:
+            losses = model(images, targets)
+        loss = sum(losses.values()) + supervision.loss()
+
+    Args:
+        boxes: for each image float (boxes, 4), x1, y1, x2, y2 in pixels of the images as the model is given them;
+            a detector's own resizing is followed.
+        warmup: whether the target is active beside the prediction, so that the network learns where objects are
+            before the mask has learned to find them.
+
+    Raises:
+        TypeError, ValueError: for boxes of a wrong shape or with NaN, a batch of another size, a model that
+            `selectify` did not make.
+    """
+    selector_of(model)
+    regions = check_regions(boxes)
+    if regions.boxes is None:
+        raise TypeError("direct supervision takes boxes (boxes, 4) for each image, not masks")
+    supervision = DirectSupervision(regions, warmup)
+    with context.setting(supervision=supervision):
+        yield supervision
