@@ -30,7 +30,9 @@ class Torchvision(Adapter):
 
     def example_inputs(self, model: nn.Module) -> Tensor | None:
         module = type(model).__module__
-        if module.startswith(("torchvision.models.detection", "torchvision.models.video", "torchvision.models.optical_flow")):
+        if module.startswith(
+            ("torchvision.models.detection", "torchvision.models.video", "torchvision.models.optical_flow")
+        ):
             return None
         if module.startswith("torchvision.models.segmentation"):
             return _images(model, 3, 520, 520)

@@ -122,6 +122,8 @@ class ActiveLoss:
             if isinstance(source, Features):
                 mask = source.selection.mask(source.grid).flatten(1)
             else:
-                mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
+                mask = torch.ones(
+                    batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device
+                )
             parts.append(mask.repeat_interleave(anchors, 1))
         return torch.cat(parts, 1)

@@ -78,7 +78,14 @@ class Features(torch.Tensor):
 
     @classmethod
     def make(
-        cls, value: Tensor, selection: Selection, grid: Pair, *, full: bool, fill: Tensor | None = None, live: bool = True
+        cls,
+        value: Tensor,
+        selection: Selection,
+        grid: Pair,
+        *,
+        full: bool,
+        fill: Tensor | None = None,
+        live: bool = True,
     ) -> Features:
         """Features of a value.
 
@@ -97,7 +104,9 @@ class Features(torch.Tensor):
         cls, value: Tensor, selection: Selection, grid: Pair, full: bool, fill: Tensor | None, live: bool
     ) -> Features:
         shape = (selection.batch, value.shape[1], *grid)
-        features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
+        features: Features = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=value.dtype, device=value.device
+        )
         features._value = value
         features.selection = selection
         features.grid = grid
@@ -199,10 +208,14 @@ class Features(torch.Tensor):
         first = args[0] if args else None
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
             assert isinstance(first, Features)
-            return type(first)._wrap(first._value.detach(), first.selection, first.grid, first.full, None, first._live)
+            return type(first)._wrap(
+                first._value.detach(), first.selection, first.grid, first.full, None, first._live
+            )
         if func._schema.is_mutable:
             raise RuntimeError(_in_place_message(str(func)))
-        return leave(func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++")
+        return leave(
+            func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++"
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         shape = (self.selection.batch, self._value.shape[1], *self.grid)
@@ -252,7 +265,9 @@ class SparseFeatures(Features):
     """One row of channels per site: see the module's text."""
 
     @classmethod
-    def of_rows(cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool = False, fill: Tensor | None = None) -> Features:
+    def of_rows(
+        cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool = False, fill: Tensor | None = None
+    ) -> Features:
         """Features of rows (n, C)."""
         return cls.make(_as_value(rows), selection, grid, full=full, fill=fill)
 
@@ -334,12 +349,17 @@ def _lend(features: Features, dense: Tensor, result: Any) -> None:
     if dense.is_inference():
         return
     memory = dense.untyped_storage().data_ptr()
-    if any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in tree_leaves(result)):
+    if any(
+        isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory
+        for leaf in tree_leaves(result)
+    ):
         features._lent.append((dense, dense._version))
 
 
 # Some of these functions are nameless dispatchers on a flag, such as `return_indices`.
-_FUNCTIONAL = {function: f"F.{name}" for name, function in vars(F).items() if callable(function) and name[0] != "_"}
+_FUNCTIONAL = {
+    function: f"F.{name}" for name, function in vars(F).items() if callable(function) and name[0] != "_"
+}
 
 
 def name_of(func: Any) -> str:
@@ -349,10 +369,16 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
     if name == "__get__":
         return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
-    return str(getattr(func, "__qualname__", name)).replace("_TensorBase", "Tensor").replace("TensorBase", "Tensor")
+    return (
+        str(getattr(func, "__qualname__", name))
+        .replace("_TensorBase", "Tensor")
+        .replace("TensorBase", "Tensor")
+    )
 
 
-_IN_PLACE_OPERATORS = {f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split()}
+_IN_PLACE_OPERATORS = {
+    f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split()
+}
 
 
 def _writes_to_features(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -382,7 +408,9 @@ def _in_place_message(name: str) -> str:
 # -- autograd between a wrapper and its value ------------------------------------------------------------------
 
 
-def _value_gradient(features_type: type[Features], selection: Selection, grid: Pair, full: bool, grad: Tensor) -> Tensor:
+def _value_gradient(
+    features_type: type[Features], selection: Selection, grid: Pair, full: bool, grad: Tensor
+) -> Tensor:
     """The gradient of a value from the gradient (N, C, H, W) of its wrapper."""
     if isinstance(grad, Features):
         grad = grad.dense("backward")
@@ -456,7 +484,7 @@ class _Leave(torch.autograd.Function):
             return grad
         rows = grad[0, :, :, 0].T
         sites = selection.everywhere(grid) if full else selection.sites(grid)
-        dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(0, sites.index, rows)
+        dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(
+            0, sites.index, rows
+        )
         return dense.view(selection.batch, *grid, -1).permute(0, 3, 1, 2)
-
-

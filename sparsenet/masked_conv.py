@@ -28,7 +28,9 @@ class MaskedConv2d(nn.Conv2d):
     fill: Tensor | None
 
     @classmethod
-    def guide(cls, conv: nn.Conv2d, path: str, size: tuple[int, int], fill: Tensor | None = None) -> MaskedConv2d:
+    def guide(
+        cls, conv: nn.Conv2d, path: str, size: tuple[int, int], fill: Tensor | None = None
+    ) -> MaskedConv2d:
         conv.__class__ = cls
         assert isinstance(conv, cls)
         conv.path, conv.size, conv.backend = path, size, "auto"
@@ -63,5 +65,3 @@ class MaskedConv2d(nn.Conv2d):
 
 def guided_convolutions(model: nn.Module) -> list[MaskedConv2d]:
     return [module for module in model.modules() if isinstance(module, MaskedConv2d)]
-
-

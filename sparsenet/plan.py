@@ -59,7 +59,10 @@ class Plan:
             macs = f"{operation.dense_macs / 1e6:.1f}" if operation.dense_macs else ""
             rows.append((step.path, operation.name, size, operation.status, macs, operation.reason or ""))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        table = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows]
+        table = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]])
+            for row in rows
+        ]
         found = Counter(step.operation.status for step in self.steps)
         head = (
             f"stage {self.at!r} = {self.stage}, {self.channels} channels at {self.size[0]}x{self.size[1]}; "

@@ -65,7 +65,9 @@ class Record:
 
     def _last(self) -> Selection:
         if not self.selections:
-            raise RuntimeError("nothing was recorded: call the selective model inside `with sparsenet.record(model)`")
+            raise RuntimeError(
+                "nothing was recorded: call the selective model inside `with sparsenet.record(model)`"
+            )
         return self.selections[-1]
 
     # -- as an observer of the pass ----------------------------------------------------------------------------

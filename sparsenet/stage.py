@@ -80,12 +80,14 @@ def resolve(model: nn.Module, at: str, aliases: dict[str, str], run: Callable[[]
     raise ValueError(_unknown(at, model, calls, poolings, entry, aliases))
 
 
-def _stride(entry: Pair, size: Pair) -> int:
+def _stride(entry: Pair, size: Pair | None) -> int:
+    assert size is not None
     return round(entry[0] / size[0])
 
 
 def _last_at_stride(modules: dict[str, nn.Module], calls: list[Call], entry: Pair, stride: int) -> str | None:
-    sized = [(call, _stride(entry, call.output)) for call in calls if call.output is not None]
+    # A single pixel is no coarser map: it is squeeze-and-excitation, or pooled for a classifier.
+    sized = [(call, _stride(entry, call.output)) for call in calls if call.output not in (None, (1, 1))]
     coarser = next((position for position, (_, found) in enumerate(sized) if found > stride), len(sized))
     before = {call.path for call, found in sized[:coarser] if found == stride}
     last = None
@@ -101,10 +103,17 @@ def _last_at_stride(modules: dict[str, nn.Module], calls: list[Call], entry: Pai
 
 
 def _unknown(
-    at: str, model: nn.Module, calls: list[Call], poolings: list[str], entry: Pair | None, aliases: dict[str, str]
+    at: str,
+    model: nn.Module,
+    calls: list[Call],
+    poolings: list[str],
+    entry: Pair | None,
+    aliases: dict[str, str],
 ) -> str:
     strides = sorted({_stride(entry, call.output) for call in calls if call.output and entry})
-    names = [f"pool{number + 1}" for number in range(len(poolings))] + [f"stride{stride}" for stride in strides]
+    names = [f"pool{number + 1}" for number in range(len(poolings))] + [
+        f"stride{stride}" for stride in strides
+    ]
     names += list(aliases)
     paths = [path for path, _ in model.named_modules() if path]
     close = difflib.get_close_matches(at, names + paths, n=5, cutoff=0.5)

@@ -82,7 +82,9 @@ def selectify(
     stage = resolve(model, at, adapter.aliases(model), run)
     plan = _dry_run(model, at, stage, run)
     if not any(step.operation.name == "conv2d" for step in plan.steps):
-        exits = "; ".join(f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits)
+        exits = "; ".join(
+            f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits
+        )
         raise ValueError(
             f"no convolution reads the output of stage {stage!r} as a map (N, C, H, W), so there is nothing to skip "
             f"after it (left the region: {exits or 'nothing'}): choose an earlier stage, or one whose output is NCHW"
@@ -100,7 +102,9 @@ def selectify(
         module = modules[step.path]
         if step.operation.name == "conv2d" and type(module) is nn.Conv2d:
             fill = fills.get(step.path)
-            MaskedConv2d.guide(module, step.path, step.operation.size, None if fill is None else fill.to(module.weight))
+            MaskedConv2d.guide(
+                module, step.path, step.operation.size, None if fill is None else fill.to(module.weight)
+            )
     _attach(model, modules[stage], branch)
     model.selector = branch
     adapter.attach(model)
@@ -223,7 +227,9 @@ def quietly(model: nn.Module) -> Iterator[None]:
 def _example_inputs(model: nn.Module, adapter: Any, given: Any) -> Any:
     if given is not None:
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
-            raise ValueError("example_inputs has no tensor: give what the model is called with, such as torch.rand(1, 3, 224, 224)")
+            raise ValueError(
+                "example_inputs has no tensor: give what the model is called with, such as torch.rand(1, 3, 224, 224)"
+            )
         return given
     inputs = adapter.example_inputs(model)
     if inputs is None:

@@ -38,13 +38,17 @@ class DirectSupervision:
                 logits = levels.logits(size)
                 assert logits is not None
                 target = self.target(frame, size).to(logits)
-                total = total.to(logits) + F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="sum")
+                total = total.to(logits) + F.binary_cross_entropy_with_logits(
+                    logits[:, 0], target, reduction="sum"
+                )
                 count += target.numel()
         return total / max(1, count)
 
     def target(self, frame: Frame, size: Pair) -> Tensor:
         """1 inside the boxes grown by one stride of that size, 0 outside: bool (N, *size)."""
-        stride = tuple(2 ** round(torch.tensor(of / to).log2().item()) for of, to in zip(frame.canvas, size, strict=True))
+        stride = tuple(
+            2 ** round(torch.tensor(of / to).log2().item()) for of, to in zip(frame.canvas, size, strict=True)
+        )
         return box_cells(self.regions.placed_boxes(frame), size, stride)
 
     # -- for the selector --------------------------------------------------------------------------------------
@@ -58,9 +62,13 @@ class DirectSupervision:
 
     def _known(self, frame: Frame | None, batch: int) -> Frame:
         if len(self.regions) != batch:
-            raise ValueError(f"boxes are given for {len(self.regions)} images, but the batch has {batch}: give one tensor per image")
+            raise ValueError(
+                f"boxes are given for {len(self.regions)} images, but the batch has {batch}: give one tensor per image"
+            )
         if frame is None:
-            raise ValueError("direct supervision needs the sizes of the images: call the selective model whole")
+            raise ValueError(
+                "direct supervision needs the sizes of the images: call the selective model whole"
+            )
         return frame
 
 

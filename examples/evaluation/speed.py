@@ -1,7 +1,9 @@
 """Wall-clock time of detectors, side by side."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         layers = list(sequence.named_children())
-        for (_, conv), (name, norm) in zip(layers, layers[1:], strict=False):
+        for (_, conv), (name, norm) in pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight,
@@ -36,28 +38,30 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 def compare_speed(
     models: dict[str, nn.Module], images: Sequence[Tensor], repeats: int
 ) -> dict[str, list[float]]:
-    """Milliseconds per image of each detector on single images, post-processing included: one value a repeat.
+    """Milliseconds per image of each detector, a value for each of `repeats` passes over the images.
 
-    BatchNorm is folded in all of them. Each runs in both memory formats, all of them in turns, and
-    is reported in the format with the lower median.
+    A detector is called with one image at a time, post-processing included, BatchNorm folded. All
+    take turns, each in both memory formats; the one with the lower median is reported.
     """
-    variants = {}
+    variants: dict[tuple[str, str], nn.Module] = {}
     for name, model in models.items():
         folded = fold_batchnorm(model)
         variants[name, "nchw"] = folded.to(memory_format=torch.contiguous_format)
         variants[name, "nhwc"] = copy.deepcopy(folded).to(memory_format=torch.channels_last)
 
-    def over_images(model: nn.Module):
-        return lambda: [model([image]) for image in images]
+    def over_images(model: nn.Module) -> Callable[[], None]:
+        def call() -> None:
+            for image in images:
+                model([image])
+            if images[0].is_cuda:
+                torch.cuda.synchronize()
+
+        return call
 
     with torch.inference_mode():
-        seconds = sparsenet.timing.alternate(
-            {" ".join(key): over_images(model) for key, model in variants.items()}, repeats=repeats
-        )
-    result = {}
-    for name in models:
-        faster = min(
-            (f"{name} nchw", f"{name} nhwc"), key=lambda key: sorted(seconds[key])[len(seconds[key]) // 2]
-        )
-        result[name] = [1000 * s / len(images) for s in seconds[faster]]
-    return result
+        calls = {" ".join(key): over_images(model) for key, model in variants.items()}
+        seconds = sparsenet.timing.alternate(calls, repeats=repeats)
+    faster = {
+        name: min((seconds[f"{name} {layout}"] for layout in ("nchw", "nhwc")), key=median) for name in models
+    }
+    return {name: [1000 * s / len(images) for s in values] for name, values in faster.items()}

@@ -72,7 +72,9 @@ def masked_conv2d(
     )
     height, width = out_grid
     if height < 1 or width < 1:
-        raise RuntimeError(f"the kernel {kernel} with dilation {dilation} is larger than the padded map {x.grid}")
+        raise RuntimeError(
+            f"the kernel {kernel} with dilation {dilation} is larger than the padded map {x.grid}"
+        )
     selection = x.selection
     macs_per_site = weight.shape[1] * weight.shape[0] * window.taps
     name, reason = "reference", None

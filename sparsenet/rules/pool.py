@@ -95,7 +95,9 @@ def avg_pool2d(
     return SparseFeatures.of_rows(sums / area, x.selection, out_grid)
 
 
-def _areas(grid: Pair, window: Window, out_grid: Pair, count_include_pad: bool, device: torch.device) -> Tensor:
+def _areas(
+    grid: Pair, window: Window, out_grid: Pair, count_include_pad: bool, device: torch.device
+) -> Tensor:
     """How many pixels each window divides by, (H, W): all that lie in the image, or in the image and its padding
     (never beyond the padding, where `ceil_mode` lets windows reach)."""
     lengths = []

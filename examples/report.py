@@ -1,0 +1,100 @@
+"""Tables and logs that say how their figures came about."""
+
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from evaluation.detector import Evaluation
+from evaluation.voc_map import mean_average_precision, paired_bootstrap
+from storage import replacing
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a selective detector on the same test images, one evaluation of each per seed."""
+
+    seeds: list[int]
+    dense: list[Evaluation]
+    selective: list[Evaluation]
+    milliseconds: dict[str, list[float]]  # "dense" and "selective": per image, one value a repeat
+
+    def figures(self) -> dict[str, Any]:
+        """All results as JSON values; mAP in percent, means over the seeds unless listed by seed."""
+        maps = {
+            name: [mean_average_precision(run.matches) for run in runs]
+            for name, runs in (("dense", self.dense), ("selective", self.selective))
+        }
+        pairs = [(d.matches, s.matches) for d, s in zip(self.dense, self.selective, strict=True)]
+        result: dict[str, Any] = {"seeds": self.seeds, "test_images": len(pairs[0][0].positives)}
+        for k, kind in enumerate(("map_11_point", "map_area")):
+            by_seed = {
+                name: [round(100 * scores[k], 3) for scores in values] for name, values in maps.items()
+            }
+            result[f"{kind}_by_seed"] = by_seed
+            result[kind] = {name: round(mean(values), 3) for name, values in by_seed.items()}
+        result["difference"] = round(result["map_11_point"]["selective"] - result["map_11_point"]["dense"], 3)
+        result["difference_95"] = [round(100 * bound, 3) for bound in paired_bootstrap(pairs)]
+        macs, dense_macs = (mean(getattr(s, kind) for s in self.selective) for kind in ("macs", "dense_macs"))
+        result["gmacs"] = {"dense": round(dense_macs / 1e9, 4), "selective": round(macs / 1e9, 4)}
+        result["macs_cut"] = round(100 * (1 - macs / dense_macs), 2)
+        result["active"] = round(100 * mean(s.density for s in self.selective), 2)
+        result["ms"] = {name: round(median(values), 3) for name, values in self.milliseconds.items()}
+        rounds = zip(self.milliseconds["dense"], self.milliseconds["selective"], strict=True)
+        result["speedup"] = round(median(dense / selective for dense, selective in rounds), 3)
+        result["ms_by_repeat"] = {
+            name: [round(v, 3) for v in values] for name, values in self.milliseconds.items()
+        }
+        return result
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """A table of `Comparison.figures`, a row per detector."""
+    low, high = figures["difference_95"]
+    rows = [
+        ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", "ms per image", "speed-up"]
+    ]
+    for name in ("dense", "selective"):
+        chosen = name == "selective"
+        rows.append(
+            [
+                name,
+                f"{figures['map_11_point'][name]:.1f}",
+                f"{figures['map_area'][name]:.1f}",
+                f"{figures['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if chosen else "",
+                f"{figures['gmacs'][name]:.3f}" + (f" (−{figures['macs_cut']:.1f} %)" if chosen else ""),
+                f"{figures['active']:.1f} %" if chosen else "100 %",
+                f"{figures['ms'][name]:.1f}",
+                f"{figures['speedup']:.2f}×" if chosen else "",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def origin() -> dict[str, Any]:
+    """What a log needs so that its run can be repeated: the command, and what it ran on."""
+    return {
+        "command": " ".join(["python", "examples/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def thinned(losses: list[float], points: int = 100) -> list[float]:
+    """The mean loss of each of about `points` stretches of equal length."""
+    step = max(1, len(losses) // points)
+    return [round(mean(losses[i : i + step]), 3) for i in range(0, len(losses), step)]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
