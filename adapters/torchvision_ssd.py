@@ -45,6 +45,7 @@ class TorchvisionSSD(Adapter):
         }
 
     def attach(self, model: nn.Module) -> None:
+        assert isinstance(model, SSD)
         model.transform.register_forward_hook(TransformHook())
         model.backbone.register_forward_hook(SourcesHook())
         model.compute_loss = ActiveLoss(model)
@@ -122,8 +123,6 @@ class ActiveLoss:
             if isinstance(source, Features):
                 mask = source.selection.mask(source.grid).flatten(1)
             else:
-                mask = torch.ones(
-                    batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device
-                )
+                mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
             parts.append(mask.repeat_interleave(anchors, 1))
         return torch.cat(parts, 1)

@@ -30,9 +30,7 @@ class Seen:
 def draw_seen(rows: Sequence[Seen], path: Path) -> None:
     """Write a PNG with a row per image: the image, its saliency map, what is left of it, the detections."""
     titles = ("image", "saliency", "what is computed", "detections")
-    figure, axes = plt.subplots(
-        len(rows), 4, figsize=(10, 2.55 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(rows), 4, figsize=(10, 2.55 * len(rows)), squeeze=False, layout="constrained")
     for row, seen in zip(axes, rows, strict=True):
         height, width = seen.image.shape[-2:]
         picture = seen.image.permute(1, 2, 0).clamp(0, 1)
@@ -43,13 +41,9 @@ def draw_seen(rows: Sequence[Seen], path: Path) -> None:
         row[2].imshow(torch.where(active > 0, picture, grey))
         row[2].set_xlabel(f"{100 * seen.mask.float().mean():.0f} % active", fontsize=9)
         row[3].imshow(picture)
-        for (x1, y1, x2, y2), label, score in zip(
-            seen.boxes.tolist(), seen.labels, seen.scores.tolist(), strict=True
-        ):
+        for (x1, y1, x2, y2), label, score in zip(seen.boxes.tolist(), seen.labels, seen.scores.tolist(), strict=True):
             colour = f"C{sum(label.encode()) % 10}"
-            row[3].add_patch(
-                plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6)
-            )
+            row[3].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
             row[3].text(
                 x1, y1 - 2, f"{label} {score:.2f}", fontsize=6.5, color="white", va="bottom", clip_on=True,
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},

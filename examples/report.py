@@ -33,9 +33,7 @@ class Comparison:
         pairs = [(d.matches, s.matches) for d, s in zip(self.dense, self.selective, strict=True)]
         result: dict[str, Any] = {"seeds": self.seeds, "test_images": len(pairs[0][0].positives)}
         for k, kind in enumerate(("map_11_point", "map_area")):
-            by_seed = {
-                name: [round(100 * scores[k], 3) for scores in values] for name, values in maps.items()
-            }
+            by_seed = {name: [round(100 * scores[k], 3) for scores in values] for name, values in maps.items()}
             result[f"{kind}_by_seed"] = by_seed
             result[kind] = {name: round(mean(values), 3) for name, values in by_seed.items()}
         result["difference"] = round(result["map_11_point"]["selective"] - result["map_11_point"]["dense"], 3)
@@ -47,18 +45,14 @@ class Comparison:
         result["ms"] = {name: round(median(values), 3) for name, values in self.milliseconds.items()}
         rounds = zip(self.milliseconds["dense"], self.milliseconds["selective"], strict=True)
         result["speedup"] = round(median(dense / selective for dense, selective in rounds), 3)
-        result["ms_by_repeat"] = {
-            name: [round(v, 3) for v in values] for name, values in self.milliseconds.items()
-        }
+        result["ms_by_repeat"] = {name: [round(v, 3) for v in values] for name, values in self.milliseconds.items()}
         return result
 
 
 def markdown(figures: dict[str, Any]) -> str:
     """A table of `Comparison.figures`, a row per detector."""
     low, high = figures["difference_95"]
-    rows = [
-        ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", "ms per image", "speed-up"]
-    ]
+    rows = [["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", "ms per image", "speed-up"]]
     for name in ("dense", "selective"):
         chosen = name == "selective"
         rows.append(

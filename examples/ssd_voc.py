@@ -56,9 +56,7 @@ DEMO = Preset(
 
 # The original's steps with the paper's rate, batch and five epochs of warm-up. The paper trains for
 # twice the baseline's iterations: here those of the dense detector, then as many of fine-tuning.
-PAPER_SCHEDULE = Schedule(
-    iterations=120_000, batch_size=32, lr=0.01, warmup=0.0216, milestones=(2 / 3, 5 / 6)
-)
+PAPER_SCHEDULE = Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0216, milestones=(2 / 3, 5 / 6))
 PAPER = Preset(
     width=1.0,
     scratch=PAPER_SCHEDULE,
@@ -85,9 +83,7 @@ def main() -> None:
     evaluations = []
     for seed in args.seeds:
         dense, selective = finetune(base, train, classes, seed, args)
-        evaluations.append(
-            [evaluate(model, test, len(classes), "evaluation") for model in (dense, selective)]
-        )
+        evaluations.append([evaluate(model, test, len(classes), "evaluation") for model in (dense, selective)])
     images = [test[i][0].to(args.device) for i in range(0, len(test), -(-len(test) // args.timed_images))]
     times = compare_speed({"dense": dense, "selective": selective}, images, args.repeats)
 
@@ -99,7 +95,7 @@ def main() -> None:
     minutes = round((time.perf_counter() - began) / 60, 1)
     settings = {"at": args.at, "width": args.width, "finetune": asdict(args.finetune), "minutes": minutes}
     write_json(args.out / "result.json", origin() | settings | figures)
-    draw_seen([look(selective, test[i][0], classes) for i in range(5)], args.out / "selection.png")
+    draw_seen([look(selective, test[i][0], classes) for i in range(min(5, len(test)))], args.out / "selection.png")
     for file in args.out.glob("*.resume.pt"):
         file.unlink()
     print(f"{args.out} now holds", ", ".join(sorted(file.name for file in args.out.iterdir())))
@@ -172,9 +168,7 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
 
 def train_alone(model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, args):
     """Train with the detector's own loss."""
-    return train_with(
-        lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, args
-    )
+    return train_with(lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, args)
 
 
 def train_with(loss, model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, args):

@@ -52,6 +52,4 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         with safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("about", "nothing")
-        raise CheckpointError(
-            f"{path} is of another model; it says about itself: {about}. {error}"
-        ) from error
+        raise CheckpointError(f"{path} is of another model; it says about itself: {about}. {error}") from error

@@ -156,9 +156,7 @@ def _resume(path: Path, run: str, parts: dict) -> list[float]:
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(f"{path} cannot be read ({error}). Remove it to start over.") from error
     if content["run"] != run:
-        raise CheckpointError(
-            f"{path} is of another run ({content['run']}). Remove it, or choose another --out."
-        )
+        raise CheckpointError(f"{path} is of another run ({content['run']}). Remove it, or choose another --out.")
     for name, part in parts.items():
         part.load_state_dict(content[name])
     torch.set_rng_state(content["rng"])

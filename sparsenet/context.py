@@ -32,7 +32,7 @@ class Settings:
 
 
 _settings: ContextVar[Settings] = ContextVar("sparsenet.settings")
-_frame: ContextVar[Frame | None] = ContextVar("sparsenet.frame", default=None)
+_frames: ContextVar[tuple[Frame | None, ...]] = ContextVar("sparsenet.frames", default=())  # of nested models
 
 
 def current() -> Settings:
@@ -41,11 +41,22 @@ def current() -> Settings:
 
 def frame() -> Frame | None:
     """Where the images of the current forward pass lie; `None` when the root module was not called."""
-    return _frame.get()
+    frames = _frames.get()
+    return frames[-1] if frames else None
 
 
-def set_frame(frame: Frame | None) -> None:
-    _frame.set(frame)
+def begin_frame(frame: Frame | None) -> None:
+    """A selective model is called, maybe inside another one."""
+    _frames.set((*_frames.get(), frame))
+
+
+def set_frame(frame: Frame) -> None:
+    """The network has placed the images of the current pass."""
+    _frames.set((*_frames.get()[:-1], frame))
+
+
+def end_frame() -> None:
+    _frames.set(_frames.get()[:-1])
 
 
 @contextmanager

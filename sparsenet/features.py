@@ -104,9 +104,7 @@ class Features(torch.Tensor):
         cls, value: Tensor, selection: Selection, grid: Pair, full: bool, fill: Tensor | None, live: bool
     ) -> Features:
         shape = (selection.batch, value.shape[1], *grid)
-        features: Features = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=value.dtype, device=value.device
-        )
+        features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
         features._value = value
         features.selection = selection
         features.grid = grid
@@ -208,14 +206,10 @@ class Features(torch.Tensor):
         first = args[0] if args else None
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
             assert isinstance(first, Features)
-            return type(first)._wrap(
-                first._value.detach(), first.selection, first.grid, first.full, None, first._live
-            )
+            return type(first)._wrap(first._value.detach(), first.selection, first.grid, first.full, None, first._live)
         if func._schema.is_mutable:
             raise RuntimeError(_in_place_message(str(func)))
-        return leave(
-            func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++"
-        )
+        return leave(func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         shape = (self.selection.batch, self._value.shape[1], *self.grid)
@@ -282,7 +276,7 @@ class SparseFeatures(Features):
         return _as_value(self.rows.index_select(0, self.selection.sites(self.grid).index))
 
     def operand(self, other: Tensor, full: bool) -> Tensor:
-        if other.dim() < 3 and other.numel() == 1 or other.dim() == 0:
+        if other.numel() == 1 and other.dim() < 3:
             return other
         other = other[(None,) * (4 - other.dim())]
         sites = self.selection.everywhere(self.grid) if full else self.selection.sites(self.grid)
@@ -349,17 +343,12 @@ def _lend(features: Features, dense: Tensor, result: Any) -> None:
     if dense.is_inference():
         return
     memory = dense.untyped_storage().data_ptr()
-    if any(
-        isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory
-        for leaf in tree_leaves(result)
-    ):
+    if any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in tree_leaves(result)):
         features._lent.append((dense, dense._version))
 
 
 # Some of these functions are nameless dispatchers on a flag, such as `return_indices`.
-_FUNCTIONAL = {
-    function: f"F.{name}" for name, function in vars(F).items() if callable(function) and name[0] != "_"
-}
+_FUNCTIONAL = {function: f"F.{name}" for name, function in vars(F).items() if callable(function) and name[0] != "_"}
 
 
 def name_of(func: Any) -> str:
@@ -369,16 +358,25 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
     if name == "__get__":
         return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
-    return (
-        str(getattr(func, "__qualname__", name))
-        .replace("_TensorBase", "Tensor")
-        .replace("TensorBase", "Tensor")
-    )
+    return str(getattr(func, "__qualname__", name)).replace("_TensorBase", "Tensor").replace("TensorBase", "Tensor")
 
 
-_IN_PLACE_OPERATORS = {
-    f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow lshift rshift and xor or".split()
-}
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "xor",
+    "or",
+)
+_WRITING = {*(f"__i{name}__" for name in _OPERATORS), "__setitem__", "__set__", "__delitem__"}
 
 
 def _writes_to_features(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -387,9 +385,7 @@ def _writes_to_features(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not args or not isinstance(args[0], Features):
         return False
     name = getattr(func, "__name__", "")
-    if name in _IN_PLACE_OPERATORS or name in ("__setitem__", "__set__", "__delitem__"):
-        return True
-    if name.endswith("_") and not name.endswith("__"):
+    if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
         return True
     try:
         bound = inspect.signature(func).bind(*args, **kwargs)
@@ -484,7 +480,5 @@ class _Leave(torch.autograd.Function):
             return grad
         rows = grad[0, :, :, 0].T
         sites = selection.everywhere(grid) if full else selection.sites(grid)
-        dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(
-            0, sites.index, rows
-        )
+        dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(0, sites.index, rows)
         return dense.view(selection.batch, *grid, -1).permute(0, 3, 1, 2)

@@ -31,7 +31,7 @@ class BeginHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         images = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        context.set_frame(_frame(images))
+        context.begin_frame(_frame(images))
         for observer in context.current().observers:
             if observer.selector is self.selector:
                 observer.begin()
@@ -44,14 +44,14 @@ class EndHook:
     selector: Selector
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        context.set_frame(None)
+        context.end_frame()
         for observer in context.current().observers:
             if observer.selector is self.selector:
                 observer.end()
 
 
 def _frame(images: list[Tensor]) -> Frame | None:
-    """The first map among a model's inputs, or a detector's list of images, whose adapter will say where it puts them."""
+    """The first map among a model's inputs, or a detector's list of images (its adapter says where it puts them)."""
     for image in images:
         if image.dim() == 4:
             return Frame.plain(len(image), (image.shape[2], image.shape[3]))

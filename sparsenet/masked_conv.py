@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from sparsenet.features import Features
@@ -28,9 +27,7 @@ class MaskedConv2d(nn.Conv2d):
     fill: Tensor | None
 
     @classmethod
-    def guide(
-        cls, conv: nn.Conv2d, path: str, size: tuple[int, int], fill: Tensor | None = None
-    ) -> MaskedConv2d:
+    def guide(cls, conv: nn.Conv2d, path: str, size: tuple[int, int], fill: Tensor | None = None) -> MaskedConv2d:
         conv.__class__ = cls
         assert isinstance(conv, cls)
         conv.path, conv.size, conv.backend = path, size, "auto"
@@ -45,7 +42,6 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Features):
             return super().forward(input)
-        padding_mode = self.padding_mode
         return masked_conv2d(
             input,
             self.weight,
@@ -54,7 +50,7 @@ class MaskedConv2d(nn.Conv2d):
             self.padding,
             self.dilation,
             self.groups,
-            padding_mode=padding_mode,
+            padding_mode=self.padding_mode,
             backend=self.backend,
             fill=self.fill,
         )

@@ -60,8 +60,7 @@ class Plan:
             rows.append((step.path, operation.name, size, operation.status, macs, operation.reason or ""))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         table = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]])
-            for row in rows
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
         ]
         found = Counter(step.operation.status for step in self.steps)
         head = (

@@ -32,6 +32,7 @@ class Record:
     def __init__(self, selector: Selector):
         self.selector = selector
         self.begin()
+        self._counting = False  # what runs beside the model before its first pass is no part of one
 
     def begin(self) -> None:
         """A new forward pass: forget the last one."""
@@ -65,9 +66,7 @@ class Record:
 
     def _last(self) -> Selection:
         if not self.selections:
-            raise RuntimeError(
-                "nothing was recorded: call the selective model inside `with sparsenet.record(model)`"
-            )
+            raise RuntimeError("nothing was recorded: call the selective model inside `with sparsenet.record(model)`")
         return self.selections[-1]
 
     # -- as an observer of the pass ----------------------------------------------------------------------------
@@ -84,11 +83,11 @@ class Record:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Around a guided operation, which reports its own count."""
-        self._counting = False
+        before, self._counting = self._counting, False
         try:
             yield
         finally:
-            self._counting = True
+            self._counting = before
 
     @contextmanager
     def selecting(self) -> Iterator[None]:
@@ -134,13 +133,14 @@ def record(model: nn.Module) -> Iterator[Record]:
         ValueError: for a model that `selectify` did not make.
     """
     recorded = Record(selector_of(model))
-    with observing(recorded), _MacCounter(recorded):
+    with observing(recorded):
         yield recorded
 
 
 @contextmanager
 def observing(observer: Record) -> Iterator[None]:
-    with context.setting(observers=(*context.current().observers, observer)):
+    """Let a record watch the passes inside."""
+    with context.setting(observers=(*context.current().observers, observer)), _MacCounter(observer):
         yield
 
 

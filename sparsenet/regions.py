@@ -47,14 +47,10 @@ class Regions:
                 root module was not called, so that nothing is known of the images.
         """
         if len(self) != batch:
-            raise ValueError(
-                f"the mask is for {len(self)} images, but the batch has {batch}: give one per image"
-            )
-        if self.masks is not None and (
-            frame is None or frame.originals == frame.placed == [frame.canvas] * batch
-        ):
-            if len({mask.shape for mask in self.masks}) == 1:
-                return torch.stack(self.masks).to(device)
+            raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
+        plain = frame is None or frame.originals == frame.placed == [frame.canvas] * batch
+        if self.masks is not None and plain and len({mask.shape for mask in self.masks}) == 1:
+            return torch.stack(self.masks).to(device)
         if frame is None:
             raise ValueError(
                 "boxes and per-image masks need the sizes of the images: call the selective model whole, "
@@ -75,9 +71,7 @@ class Regions:
         """Boxes in the pixels of the network's input, clipped to their image: float (boxes, 4) each."""
         assert self.boxes is not None
         placed = []
-        for boxes, (from_h, from_w), (to_h, to_w) in zip(
-            self.boxes, frame.originals, frame.placed, strict=True
-        ):
+        for boxes, (from_h, from_w), (to_h, to_w) in zip(self.boxes, frame.originals, frame.placed, strict=True):
             limit = boxes.new_tensor([to_w, to_h, to_w, to_h])
             scale = limit / boxes.new_tensor([from_w, from_h, from_w, from_h])
             placed.append((boxes * scale).clamp(min=0).minimum(limit))
@@ -102,9 +96,7 @@ def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Region
         if regions.dtype != torch.bool:
             raise TypeError(f"a mask must be bool, not {regions.dtype} (use `mask > 0`); a mask is {forms}")
         if regions.dim() != 3 or 0 in regions.shape[1:]:
-            raise ValueError(
-                f"a mask tensor must be (N, H, W), not {tuple(regions.shape)}; a mask is {forms}"
-            )
+            raise ValueError(f"a mask tensor must be (N, H, W), not {tuple(regions.shape)}; a mask is {forms}")
         return Regions(masks=list(regions))
     if not isinstance(regions, list | tuple) or not all(isinstance(part, Tensor) for part in regions):
         raise TypeError(f"a mask is {forms}, not {type(regions).__name__}")

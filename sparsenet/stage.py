@@ -111,9 +111,7 @@ def _unknown(
     aliases: dict[str, str],
 ) -> str:
     strides = sorted({_stride(entry, call.output) for call in calls if call.output and entry})
-    names = [f"pool{number + 1}" for number in range(len(poolings))] + [
-        f"stride{stride}" for stride in strides
-    ]
+    names = [f"pool{number + 1}" for number in range(len(poolings))] + [f"stride{stride}" for stride in strides]
     names += list(aliases)
     paths = [path for path, _ in model.named_modules() if path]
     close = difflib.get_close_matches(at, names + paths, n=5, cutoff=0.5)
@@ -131,7 +129,8 @@ def check_output(path: str, output: Any) -> None:
         )
     if output.dim() != 4:
         raise ValueError(
-            f"stage {path!r} gives a tensor of shape {tuple(output.shape)}, not a map (N, C, H, W): choose an earlier stage"
+            f"stage {path!r} gives a tensor of shape {tuple(output.shape)}, not a map (N, C, H, W): "
+            "choose an earlier stage"
         )
     if not torch.is_floating_point(output):
         raise ValueError(f"stage {path!r} gives {output.dtype}, not floating-point features")

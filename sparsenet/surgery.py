@@ -15,7 +15,7 @@ from sparsenet import backends, context
 from sparsenet.hooks import BeginHook, EndHook, StageHook
 from sparsenet.masked_conv import MaskedConv2d, guided_convolutions
 from sparsenet.plan import Plan, Step
-from sparsenet.record import Record, _MacCounter, observing, selector_of
+from sparsenet.record import Record, observing, selector_of
 from sparsenet.regions import Everywhere
 from sparsenet.selection import Operation
 from sparsenet.selector import SelectiveModule, Selector
@@ -82,9 +82,7 @@ def selectify(
     stage = resolve(model, at, adapter.aliases(model), run)
     plan = _dry_run(model, at, stage, run)
     if not any(step.operation.name == "conv2d" for step in plan.steps):
-        exits = "; ".join(
-            f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits
-        )
+        exits = "; ".join(f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits)
         raise ValueError(
             f"no convolution reads the output of stage {stage!r} as a map (N, C, H, W), so there is nothing to skip "
             f"after it (left the region: {exits or 'nothing'}): choose an earlier stage, or one whose output is NCHW"
@@ -102,9 +100,7 @@ def selectify(
         module = modules[step.path]
         if step.operation.name == "conv2d" and type(module) is nn.Conv2d:
             fill = fills.get(step.path)
-            MaskedConv2d.guide(
-                module, step.path, step.operation.size, None if fill is None else fill.to(module.weight)
-            )
+            MaskedConv2d.guide(module, step.path, step.operation.size, None if fill is None else fill.to(module.weight))
     _attach(model, modules[stage], branch)
     model.selector = branch
     adapter.attach(model)
@@ -156,6 +152,10 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> P
         outputs.append(output)
         return probe.selector.enter(output)
 
+    # Guided already, because an `nn.Conv2d` that pads by reflection calls two functions, and the first of them leaves.
+    guided = [
+        MaskedConv2d.guide(part, path, (0, 0)) for path, part in model.named_modules() if type(part) is nn.Conv2d
+    ]
     handles = [module.register_forward_hook(embed)]
     for path, part in model.named_modules():
         if path:
@@ -165,11 +165,12 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> P
             ]
     try:
         with context.setting(regions=Everywhere(), backend="rows", supervision=None), observing(probe):
-            with _MacCounter(probe):
-                run()
+            run()
     finally:
         for handle in handles:
             handle.remove()
+        for convolution in guided:
+            convolution.release()
     if not outputs:
         raise RuntimeError(
             f"stage {stage!r} did not run on the example inputs: choose a module that the forward pass calls (feature "
@@ -194,6 +195,7 @@ class _Probe(Record):
 
     def __init__(self, selector: Selector):
         super().__init__(selector)
+        self.begin()
         self.path: list[str] = []
         self.steps: list[Step] = []
 
@@ -234,9 +236,9 @@ def _example_inputs(model: nn.Module, adapter: Any, given: Any) -> Any:
     inputs = adapter.example_inputs(model)
     if inputs is None:
         raise ValueError(
-            f"no example inputs are known for {type(model).__module__}.{type(model).__name__} (tried: the family's adapter, "
-            "timm's pretrained_cfg['input_size'], torchvision's training sizes): give example_inputs=torch.rand(1, 3, H, W), "
-            "or whatever the model is called with"
+            f"no example inputs are known for {type(model).__module__}.{type(model).__name__} (tried: the family's "
+            "adapter, timm's pretrained_cfg['input_size'], torchvision's training sizes): give "
+            "example_inputs=torch.rand(1, 3, H, W), or whatever the model is called with"
         )
     return inputs
 

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def alternate(
-    functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 2
-) -> dict[str, list[float]]:
+def alternate(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 2) -> dict[str, list[float]]:
     """Call every function in turn, `repeats` times over, and time each call.
 
     Args:

@@ -38,9 +38,7 @@ class DirectSupervision:
                 logits = levels.logits(size)
                 assert logits is not None
                 target = self.target(frame, size).to(logits)
-                total = total.to(logits) + F.binary_cross_entropy_with_logits(
-                    logits[:, 0], target, reduction="sum"
-                )
+                total = total.to(logits) + F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="sum")
                 count += target.numel()
         return total / max(1, count)
 
@@ -66,9 +64,7 @@ class DirectSupervision:
                 f"boxes are given for {len(self.regions)} images, but the batch has {batch}: give one tensor per image"
             )
         if frame is None:
-            raise ValueError(
-                "direct supervision needs the sizes of the images: call the selective model whole"
-            )
+            raise ValueError("direct supervision needs the sizes of the images: call the selective model whole")
         return frame
 
 

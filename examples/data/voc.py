@@ -50,9 +50,7 @@ class VOCBoxes(Dataset):
         VOCError: missing folder or file, malformed XML, no object, unknown class, degenerate box.
     """
 
-    def __init__(
-        self, root, year: str, image_set: str, classes=CLASSES, *, drop_difficult=False, transforms=None
-    ):
+    def __init__(self, root, year: str, image_set: str, classes=CLASSES, *, drop_difficult=False, transforms=None):
         try:
             files = VOCDetection(root, year=year, image_set=image_set)
         except (RuntimeError, FileNotFoundError) as error:
@@ -99,9 +97,7 @@ def read_annotation(path: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise VOCError(f"Missing annotation {path}. {LAYOUT}") from error
     except (ParseError, KeyError) as error:
-        raise VOCError(
-            f"{path} is no VOC annotation ({error}). Extract it again, or leave it out."
-        ) from error
+        raise VOCError(f"{path} is no VOC annotation ({error}). Extract it again, or leave it out.") from error
     objects = annotation["object"]
     if not objects:
         raise VOCError(f"{path} has no object. Leave the image out of its list in ImageSets/Main.")
@@ -111,9 +107,7 @@ def read_annotation(path: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
             x1, y1, x2, y2 = (float(item["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax"))
             name = item["name"]
         except (KeyError, TypeError, ValueError) as error:
-            raise VOCError(
-                f"Object {number} of {path} lacks a name or a box ({error}). Correct it."
-            ) from error
+            raise VOCError(f"Object {number} of {path} lacks a name or a box ({error}). Correct it.") from error
         if name not in classes:
             raise VOCError(f"Object {number} of {path} is of class {name!r}; known are {', '.join(classes)}.")
         if x2 < x1 or y2 < y1:

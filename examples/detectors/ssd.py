@@ -135,14 +135,10 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
     ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (extractor.trunk, vgg.features))
     for mine, their in zip(ours, theirs, strict=False):  # fc6 and fc7 are left over
         mine.weight.copy_(their.weight)
-    scale = 255 * torch.tensor(
-        [0.229, 0.224, 0.225]
-    )  # ours sees 0..255, ImageNet's weights expect unit variance
+    scale = 255 * torch.tensor([0.229, 0.224, 0.225])  # ours sees 0..255, ImageNet's weights expect unit variance
     ours[0].weight.div_(scale.to(ours[0].weight.device).view(1, 3, 1, 1))
 
-    ours, norms = (
-        [m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (extractor.trunk, vgg.features)
-    )
+    ours, norms = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (extractor.trunk, vgg.features))
     for mine, norm, conv in zip(ours, norms, theirs, strict=False):
         mine.load_state_dict(norm.state_dict())
         mine.running_mean.sub_(conv.bias.to(mine.running_mean.device))  # our convolutions have no bias

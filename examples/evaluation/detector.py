@@ -24,7 +24,7 @@ class Evaluation:
     density: float = 1.0  # active share at the embed stage
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: nn.Module, test: Dataset, num_classes: int, title: str) -> Evaluation:
     """Detect on each test image by itself, and match to its objects."""
     device = next(model.parameters()).device
@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, test: Dataset, num_classes: int, title: str) -> E
     return Evaluation(match(predictions, targets, num_classes), *means)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def look(model: nn.Module, image: Tensor, classes: Sequence[str], least_score: float = 0.5) -> Seen:
     """What a selective detector computes in one image, and finds with at least that score."""
     with sparsenet.record(model) as rec:

@@ -35,9 +35,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def compare_speed(
-    models: dict[str, nn.Module], images: Sequence[Tensor], repeats: int
-) -> dict[str, list[float]]:
+def compare_speed(models: dict[str, nn.Module], images: Sequence[Tensor], repeats: int) -> dict[str, list[float]]:
     """Milliseconds per image of each detector, a value for each of `repeats` passes over the images.
 
     A detector is called with one image at a time, post-processing included, BatchNorm folded. All
@@ -61,7 +59,5 @@ def compare_speed(
     with torch.inference_mode():
         calls = {" ".join(key): over_images(model) for key, model in variants.items()}
         seconds = sparsenet.timing.alternate(calls, repeats=repeats)
-    faster = {
-        name: min((seconds[f"{name} {layout}"] for layout in ("nchw", "nhwc")), key=median) for name in models
-    }
+    faster = {name: min((seconds[f"{name} {layout}"] for layout in ("nchw", "nhwc")), key=median) for name in models}
     return {name: [1000 * s / len(images) for s in values] for name, values in faster.items()}

@@ -21,9 +21,7 @@ class Matches:
     positives: np.ndarray  # (images, classes) objects to be found; classes from label 1 on
 
 
-def match(
-    predictions: Sequence[dict], targets: Sequence[dict], num_classes: int, iou: float = 0.5
-) -> Matches:
+def match(predictions: Sequence[dict], targets: Sequence[dict], num_classes: int, iou: float = 0.5) -> Matches:
     """Match each image's detections (`boxes`, `labels`, `scores`) to its objects, as the VOC devkit does.
 
     A detection looks for the object of its class that it overlaps most, whether taken or not. It is

@@ -44,4 +44,4 @@ def convolve(
 ) -> Tensor:
     """Masked convolution of rows (n_in, C) to rows (n_out, O) by the backend `name`, as `choose` gave it."""
     out: Tensor = BACKENDS[name].convolve(rows, weight, groups, kernel_map)
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(out.dtype)  # autocast leaves the bias as it is

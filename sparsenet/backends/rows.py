@@ -39,11 +39,8 @@ def convolve(rows: Tensor, weight: Tensor, groups: int, kernel_map: KernelMap | 
 def _split(columns: Tensor, groups: int) -> Tensor:
     """Columns (n, taps, C) by group: (groups, n, taps * C / groups)."""
     sites, taps, channels = columns.shape
-    return (
-        columns.view(sites, taps, groups, -1)
-        .permute(2, 0, 1, 3)
-        .reshape(groups, sites, taps * channels // groups)
-    )
+    columns = columns.view(sites, taps, groups, channels // groups)
+    return columns.permute(2, 0, 1, 3).reshape(groups, sites, taps * channels // groups)
 
 
 def _merge(grouped: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
         return "spconv has no grouped convolution"
     if weight.shape[2:].numel() == 1:
         return "spconv scrambles the weights of 1x1 layers; they are a plain matrix product"
+    if torch.is_autocast_enabled(weight.device.type):
+        return "spconv casts to float16 under autocast, or not at all, whatever dtype is asked for"
     if not weight.is_cuda and weight.dtype not in (torch.float32, torch.float64):
         return f"spconv has no {weight.dtype} on CPU"
     return None

@@ -72,9 +72,10 @@ def masked_conv2d(
     )
     height, width = out_grid
     if height < 1 or width < 1:
-        raise RuntimeError(
-            f"the kernel {kernel} with dilation {dilation} is larger than the padded map {x.grid}"
-        )
+        raise RuntimeError(f"the kernel {kernel} with dilation {dilation} is larger than the padded map {x.grid}")
+    narrower = {"reflect": 1, "circular": 0}.get(padding_mode)  # than the map, by how much padding must be
+    if narrower is not None and any(max(pad) > size - narrower for size, pad in zip(x.grid, pads, strict=True)):
+        raise RuntimeError(f"{padding_mode} padding of {pads} is too wide for the map {x.grid}")
     selection = x.selection
     macs_per_site = weight.shape[1] * weight.shape[0] * window.taps
     name, reason = "reference", None

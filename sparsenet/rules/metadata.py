@@ -9,8 +9,14 @@ from torch import Tensor
 
 from sparsenet.features import Features, Leaves, rule
 
-_ATTRIBUTES = "shape ndim dtype device layout is_leaf grad_fn grad is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn is_nested is_xla is_mps itemsize nbytes names _version output_nr"
-_METHODS = "size dim ndimension numel nelement element_size is_floating_point is_complex is_inference is_contiguous stride get_device __len__ __hash__ has_names is_signed"
+_ATTRIBUTES = """
+    shape ndim dtype device layout is_leaf grad_fn grad is_cuda is_cpu is_meta is_sparse is_quantized
+    is_mkldnn is_nested is_xla is_mps itemsize nbytes names _version output_nr
+"""
+_METHODS = """
+    size dim ndimension numel nelement element_size is_floating_point is_complex is_inference is_contiguous
+    stride get_device __len__ __hash__ has_names is_signed
+"""
 
 
 @rule(

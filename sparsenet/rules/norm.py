@@ -53,9 +53,7 @@ def active_rows(x: Features) -> Tensor:
 
 
 @rule(F.normalize)
-def normalize(
-    func: Any, x: Features, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None
-) -> Features:
+def normalize(func: Any, x: Features, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Features:
     if out is not None or dim not in (1, -3):
         raise Leaves("normalises over another dimension than channels")
     return x.like(func(x.value, p, 1, eps))

@@ -10,8 +10,14 @@ from torch.nn import functional as F
 
 from sparsenet.features import Features, Leaves, rule
 
-_ACTIVATIONS = "relu relu6 leaky_relu elu selu celu hardtanh hardswish hardsigmoid silu mish gelu sigmoid logsigmoid softplus softsign tanh tanhshrink hardshrink softshrink threshold"
-_FUNCTIONS = "relu sigmoid tanh abs neg exp log sqrt rsqrt square clamp clamp_min clamp_max sin cos erf expm1 log1p reciprocal sign selu celu hardshrink threshold"
+_ACTIVATIONS = """
+    relu relu6 leaky_relu elu selu celu hardtanh hardswish hardsigmoid silu mish gelu sigmoid logsigmoid
+    softplus softsign tanh tanhshrink hardshrink softshrink threshold
+"""
+_FUNCTIONS = """
+    relu sigmoid tanh abs neg exp log sqrt rsqrt square clamp clamp_min clamp_max sin cos erf expm1 log1p
+    reciprocal sign selu celu hardshrink threshold
+"""
 
 
 def _everywhere(names: str, *places: Any) -> list[Any]:

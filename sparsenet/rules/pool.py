@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,26 +15,13 @@ from sparsenet.sites import Pair, Window
 
 
 def _window(
-    grid: Pair, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    pool: Callable[[Tensor], Tensor], x: Features, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1
 ) -> tuple[Window, Pair]:
-    """The window of a pooling operation, and the size of its output."""
+    """The window of a pooling operation, and the size of its output, which PyTorch tells, and whether it is allowed."""
     kernel = pair(kernel_size)
     stride = kernel if stride is None or stride == [] else pair(stride)
-    window = Window(kernel, stride, pair(padding), pair(dilation))
-    height, width = (
-        _length(size, pad, step * (taps - 1) + 1, by, ceil_mode)
-        for size, taps, by, pad, step in zip(
-            grid, window.kernel, window.stride, window.padding, window.dilation, strict=True
-        )
-    )
-    return window, (height, width)
-
-
-def _length(size: int, pad: int, reach: int, stride: int, ceil_mode: bool) -> int:
-    room = size + 2 * pad - reach
-    length = (-(-room // stride) if ceil_mode else room // stride) + 1
-    # A window that would start in the padding to the right does not count.
-    return length - 1 if ceil_mode and (length - 1) * stride >= size + pad else length
+    _, _, height, width = pool(torch.empty(1, 1, *x.grid, device="meta")).shape
+    return Window(kernel, stride, pair(padding), pair(dilation)), (height, width)
 
 
 def _columns(x: SparseFeatures, window: Window, out_grid: Pair, outside: float) -> Tensor:
@@ -59,10 +47,13 @@ def max_pool2d(
     x = input
     if return_indices:
         raise Leaves("gives indices into the whole map")
-    window, out_grid = _window(x.grid, kernel_size, stride, padding, dilation, ceil_mode)
+
+    def pool(dense: Tensor) -> Tensor:
+        return F.max_pool2d(dense, kernel_size, stride, padding, dilation, ceil_mode)
+
+    window, out_grid = _window(pool, x, kernel_size, stride, padding, dilation)
     if isinstance(x, MaskedFeatures):
-        value = F.max_pool2d(x.read("max_pool2d"), kernel_size, stride, padding, dilation, ceil_mode)
-        return MaskedFeatures.make(value, x.selection, out_grid, full=False)
+        return MaskedFeatures.make(pool(x.read("max_pool2d")), x.selection, out_grid, full=False)
     assert isinstance(x, SparseFeatures)
     rows = _columns(x, window, out_grid, outside=-torch.inf).max(1).values
     return SparseFeatures.of_rows(rows, x.selection, out_grid)
@@ -80,11 +71,13 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Features:
     x = input
-    window, out_grid = _window(x.grid, kernel_size, stride, padding, 1, ceil_mode)
-    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+    def pool(dense: Tensor) -> Tensor:
+        return F.avg_pool2d(dense, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+    window, out_grid = _window(pool, x, kernel_size, stride, padding)
     if isinstance(x, MaskedFeatures):
-        value = func(x.read("avg_pool2d"), *arguments)
-        return MaskedFeatures.make(value, x.selection, out_grid, full=False)
+        return MaskedFeatures.make(pool(x.read("avg_pool2d")), x.selection, out_grid, full=False)
     assert isinstance(x, SparseFeatures)
     sums = _columns(x, window, out_grid, outside=0.0).sum(1)
     # What a window divides by depends on its place alone: the sum of its counts over the average of ones.
@@ -95,15 +88,11 @@ def avg_pool2d(
     return SparseFeatures.of_rows(sums / area, x.selection, out_grid)
 
 
-def _areas(
-    grid: Pair, window: Window, out_grid: Pair, count_include_pad: bool, device: torch.device
-) -> Tensor:
+def _areas(grid: Pair, window: Window, out_grid: Pair, count_include_pad: bool, device: torch.device) -> Tensor:
     """How many pixels each window divides by, (H, W): all that lie in the image, or in the image and its padding
     (never beyond the padding, where `ceil_mode` lets windows reach)."""
     lengths = []
-    for size, out, taps, by, pad in zip(
-        grid, out_grid, window.kernel, window.stride, window.padding, strict=True
-    ):
+    for size, out, taps, by, pad in zip(grid, out_grid, window.kernel, window.stride, window.padding, strict=True):
         start = torch.arange(out, device=device) * by - pad
         low, high = (-pad, size + pad) if count_include_pad else (0, size)
         lengths.append((start + taps).clamp(max=high) - start.clamp(min=low))

@@ -43,8 +43,8 @@ class GivenLevels:
 
 
 class LearnedLevels:
-    """Levels of predicted saliency: one learned 3x3 stride-2 convolution for each octave (SCN, arXiv 2002.01205: masks of
-    smaller maps come by strided convolution, which it found better than pooling).
+    """Levels of predicted saliency: one learned 3x3 stride-2 convolution for each octave (SCN, arXiv 2002.01205: masks
+    of smaller maps come by strided convolution, which it found better than pooling).
 
     All octaves are computed here, at the entry, so that none is first computed inside a recomputed region.
 
@@ -70,7 +70,12 @@ class LearnedLevels:
         self.octaves = [logits]
         for convolution in down.values():
             self.octaves.append(convolution(self.octaves[-1].sigmoid()))
-        self._logits: dict[Pair, Tensor] = {}
+        self._logits: dict[Pair, Tensor] = {(logits.shape[2], logits.shape[3]): logits}
+
+    @property
+    def supervised(self) -> list[Pair]:
+        """Sizes whose predicted saliency the pass has used, the entry's always among them."""
+        return list(self._logits)
 
     def logits(self, size: Pair) -> Tensor | None:
         """(N, 1, *size), or `None` where nothing is predicted: tiny maps and octaves without a convolution."""

@@ -84,9 +84,7 @@ class Selector(nn.Module):
         if logits.shape == (expected[0], *expected[2:]):
             logits = logits[:, None]
         if tuple(logits.shape) != expected:
-            raise ValueError(
-                f"the selector must give one logit per pixel, {expected}, but gave {tuple(logits.shape)}"
-            )
+            raise ValueError(f"the selector must give one logit per pixel, {expected}, but gave {tuple(logits.shape)}")
         supervision = settings.supervision
         live = supervision is None and self.training and torch.is_grad_enabled() and logits.requires_grad
         target = None if supervision is None else supervision.warmup_target(context.frame(), len(features))

@@ -1,4 +1,4 @@
-import itertools
+from itertools import product
 
 import pytest
 import torch
@@ -12,9 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsenet.selector.selective_module import MAX_KEYS, NonLocal, SelectiveModule
 
 SWITCHES = ("dilated", "non_local", "deconv", "skip", "separable")
-VARIANTS = [
-    dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=len(SWITCHES))
-]
+VARIANTS = [dict(zip(SWITCHES, on, strict=True)) for on in product((False, True), repeat=len(SWITCHES))]
 side = st.integers(1, 23)
 
 

@@ -1,0 +1,110 @@
+"""Kernel maps against two plain loops over an index image, which `F.pad` has padded."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet.sites import INACTIVE, OUTSIDE, ActiveSites, KernelMap, Window, kernel_map
+from tests import strategies
+from tests.strategies import Conv
+
+
+def ranks(mask: Tensor) -> Tensor:
+    """The row of each pixel, counted one by one."""
+    rank, row = torch.full(mask.shape, float(INACTIVE)), 0
+    for place in [(n, y, x) for n, y, x in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist()]:
+        if mask[place]:
+            rank[place] = row
+            row += 1
+    return rank
+
+
+def read_by_loops(rank: Tensor, target: Tensor, conv: Conv) -> list[list[int]]:
+    """What each tap of each output site reads: `rank` padded as PyTorch pads a map for this convolution."""
+    (top, bottom), (left, right) = conv.pads
+    padding: dict[str, Any] = {"mode": conv.padding_mode}
+    if conv.padding_mode == "zeros":
+        padding = {"value": float(OUTSIDE)}
+    padded = F.pad(rank[:, None], (left, right, top, bottom), **padding)[:, 0].int().tolist()
+    return [
+        [
+            padded[n][y * conv.stride[0] + i * conv.dilation[0]][x * conv.stride[1] + j * conv.dilation[1]]
+            for i in range(conv.kernel[0])
+            for j in range(conv.kernel[1])
+        ]
+        for n, y, x in target.nonzero().tolist()
+    ]
+
+
+def window(conv: Conv) -> Window:
+    (top, _), (left, _) = conv.pads
+    return Window(conv.kernel, conv.stride, (top, left), conv.dilation, conv.padding_mode)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Conv, Tensor, Tensor]:
+    """A convolution, the mask of its input, and a mask of its output that has nothing to do with it."""
+    conv = draw(strategies.convolutions())
+    return conv, draw(strategies.masks(conv.batch, conv.size)), draw(strategies.masks(conv.batch, conv.out_size))
+
+
+@given(problems())
+def test_a_tap_finds_its_row_an_inactive_pixel_or_the_outside(problem: tuple[Conv, Tensor, Tensor]) -> None:
+    conv, source, target = problem
+    found = kernel_map(ActiveSites(source), window(conv), ActiveSites(target))
+    expected = read_by_loops(ranks(source), target, conv)
+    assert found.inputs == int(source.sum())
+    assert found.table.dtype == torch.int32
+    assert found.table.tolist() == expected
+
+
+@given(problems())
+def test_a_full_map_has_no_inactive_pixel(problem: tuple[Conv, Tensor, Tensor]) -> None:
+    conv, source, target = problem
+    everywhere = ActiveSites.all(len(source), conv.size, source.device)
+    found = kernel_map(everywhere, window(conv), ActiveSites(target))
+    assert found.table.tolist() == read_by_loops(ranks(torch.ones_like(source)), target, conv)
+    assert not (found.table == INACTIVE).any()
+
+
+@given(strategies.masks())
+def test_sites_are_numbered_row_by_row_and_image_after_image(mask: Tensor) -> None:
+    sites = ActiveSites(mask)
+    images, lines, columns = mask.nonzero(as_tuple=True)
+    assert len(sites) == len(images)
+    assert sites.size == mask.shape[1:]
+    assert sites.image.tolist() == images.tolist()
+    assert sites.index.tolist() == ((images * mask.shape[1] + lines) * mask.shape[2] + columns).tolist()
+    assert sites.rank.tolist() == ranks(mask).int().tolist()
+
+
+def test_all_sites_are_those_of_a_full_mask() -> None:
+    everywhere, full = ActiveSites.all(2, (3, 4), torch.device("cpu")), ActiveSites(torch.ones(2, 3, 4).bool())
+    for name in ("mask", "index", "image", "rank"):
+        assert torch.equal(getattr(everywhere, name), getattr(full, name))
+    assert len(everywhere) == 24
+
+
+@given(st.lists(st.lists(st.integers(-2, 4), min_size=3, max_size=3), max_size=6))
+def test_what_follows_from_a_table(table: list[list[int]]) -> None:
+    found = KernelMap(torch.tensor(table, dtype=torch.int32).view(-1, 3), inputs=5)
+    flat = [row for taps in table for row in taps]
+    assert found.gather.tolist() == [row if row >= 0 else 5 for row in flat]
+    assert found.gather_padded.tolist() == [row if row >= 0 else 5 if row == INACTIVE else 6 for row in flat]
+    pairs, counts = found.pairs
+    for tap in range(3):
+        expected = [(taps[tap], output) for output, taps in enumerate(table) if taps[tap] >= 0]
+        assert counts[tap] == len(expected)
+        assert list(zip(*pairs[:, tap, : len(expected)].tolist(), strict=True)) == expected
+        assert (pairs[:, tap, len(expected) :] == -1).all()
+
+
+def test_an_unknown_padding_mode_is_refused() -> None:
+    sites = ActiveSites(torch.ones(1, 2, 2).bool())
+    with pytest.raises(ValueError, match="'mirror' is not one of zeros, reflect, replicate, circular"):
+        kernel_map(sites, Window((3, 3), padding=(1, 1), padding_mode="mirror"), sites)
