@@ -28,12 +28,12 @@ class TorchvisionSSD(Adapter):
     def matches(model: nn.Module) -> bool:
         return isinstance(model, SSD)
 
-    def example_inputs(self, model: nn.Module) -> list[Tensor]:
+    def example_inputs(self, model: Any) -> list[Tensor]:
         width, height = model.transform.fixed_size or (300, 300)
         parameter = next(model.parameters())
         return [torch.rand(3, height, width, device=parameter.device, dtype=parameter.dtype)]
 
-    def fills(self, model: nn.Module) -> dict[str, Tensor]:
+    def fills(self, model: Any) -> dict[str, Tensor]:
         """Class scores of an ignored location: certainly background, which is class 0."""
         head = model.head.classification_head
         scores = torch.full((head.num_columns,), NEVER)
@@ -44,13 +44,12 @@ class TorchvisionSSD(Adapter):
             if isinstance(conv, nn.Conv2d) and conv.out_channels % head.num_columns == 0 and conv.groups == 1
         }
 
-    def attach(self, model: nn.Module) -> None:
-        assert isinstance(model, SSD)
+    def attach(self, model: Any) -> None:
         model.transform.register_forward_hook(TransformHook())
         model.backbone.register_forward_hook(SourcesHook())
         model.compute_loss = ActiveLoss(model)
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, model: Any) -> None:
         for module in (model.transform, model.backbone):
             for key, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, TransformHook | SourcesHook):

@@ -199,7 +199,7 @@ class Features(torch.Tensor):
             return leave(func, args, kwargs, str(reason))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Operations called below `__torch_function__`: custom Functions, scripted functions, autograd itself."""
@@ -211,7 +211,7 @@ class Features(torch.Tensor):
             raise RuntimeError(_in_place_message(str(func)))
         return leave(func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = (self.selection.batch, self._value.shape[1], *self.grid)
         return f"{type(self).__name__}(shape={shape}, active={len(self.selection.sites(self.grid))}, full={self.full})"
 
@@ -268,7 +268,7 @@ class SparseFeatures(Features):
     @property
     def rows(self) -> Tensor:
         """The rows (n, C) of `sites`."""
-        return self.value[0, :, :, 0].T
+        return as_rows(self.value)
 
     def restricted(self) -> Tensor:
         if not self.full:
@@ -288,7 +288,7 @@ class SparseFeatures(Features):
         return _as_value(pixels if full else pixels.index_select(0, sites.index))
 
     def _masked(self) -> Tensor:
-        rows = self.restricted()[0, :, :, 0].T
+        rows = as_rows(self.restricted())
         batch, (height, width) = self.selection.batch, self.grid
         dense = rows.new_zeros(batch * height * width, rows.shape[1])
         dense = dense.index_copy(0, self.selection.sites(self.grid).index, rows)
@@ -296,8 +296,17 @@ class SparseFeatures(Features):
 
 
 def _as_value(rows: Tensor) -> Tensor:
-    """Rows (n, C) as (1, C, n, 1), a channels-last view: no copy."""
-    return rows.T[None, :, :, None]
+    """Rows (n, C) as (1, C, n, 1), a channels-last view: no copy.
+
+    In the strides of the sides of length 1 too: PyTorch's batch norm on CPU takes `rows.T[None, :, :, None]` for
+    contiguous and its gradient for channels-last, and the result is wrong without an error.
+    """
+    return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """The value (1, C, n, 1) of `SparseFeatures` as rows (n, C): no copy of a channels-last one."""
+    return value.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _requires_grad(features: Features) -> bool:
@@ -356,7 +365,7 @@ def name_of(func: Any) -> str:
     if func in _FUNCTIONAL:
         return _FUNCTIONAL[func]
     name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
     return str(getattr(func, "__qualname__", name)).replace("_TensorBase", "Tensor").replace("TensorBase", "Tensor")
 
@@ -462,7 +471,8 @@ def _arriving(ctx: Any, grad: Tensor) -> Tensor:
             "reentrant checkpoint, where the mask's part of the gradient would be lost: use use_reentrant=False, "
             "or let the Function take an ordinary tensor (features.clone().contiguous() outside the region)"
         )
-    return _value_gradient(*ctx.place, grad)
+    features_type, selection, grid, full = ctx.place
+    return _value_gradient(features_type, selection, grid, full, grad)
 
 
 class _Leave(torch.autograd.Function):
@@ -478,7 +488,7 @@ class _Leave(torch.autograd.Function):
         features_type, selection, grid, full = ctx.place
         if features_type is not SparseFeatures:
             return grad
-        rows = grad[0, :, :, 0].T
+        rows = as_rows(grad)
         sites = selection.everywhere(grid) if full else selection.sites(grid)
         dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(0, sites.index, rows)
         return dense.view(selection.batch, *grid, -1).permute(0, 3, 1, 2)

@@ -30,8 +30,7 @@ class BeginHook:
     selector: Selector
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        context.begin_frame(_frame(images))
+        context.begin_frame(_frame([*args, *kwargs.values()]))
         for observer in context.current().observers:
             if observer.selector is self.selector:
                 observer.begin()
@@ -50,12 +49,16 @@ class EndHook:
                 observer.end()
 
 
-def _frame(images: list[Tensor]) -> Frame | None:
-    """The first map among a model's inputs, or a detector's list of images (its adapter says where it puts them)."""
-    for image in images:
-        if image.dim() == 4:
-            return Frame.plain(len(image), (image.shape[2], image.shape[3]))
-    sizes = [(image.shape[1], image.shape[2]) for image in images if image.dim() == 3]
-    if not sizes:
-        return None
-    return Frame(sizes, sizes, (max(height for height, _ in sizes), max(width for _, width in sizes)))
+def _frame(arguments: list[Any]) -> Frame | None:
+    """The first map among a model's inputs, or else the first argument with images, a detector's list of them (its
+    adapter says where it puts them; its targets may hold tensors that look like images)."""
+    found = [[leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)] for argument in arguments]
+    for tensors in found:
+        for image in tensors:
+            if image.dim() == 4:
+                return Frame.plain(len(image), (image.shape[2], image.shape[3]))
+    for tensors in found:
+        sizes = [(image.shape[1], image.shape[2]) for image in tensors if image.dim() == 3]
+        if sizes:
+            return Frame(sizes, sizes, (max(height for height, _ in sizes), max(width for _, width in sizes)))
+    return None

@@ -87,7 +87,9 @@ def selectify(
             f"no convolution reads the output of stage {stage!r} as a map (N, C, H, W), so there is nothing to skip "
             f"after it (left the region: {exits or 'nothing'}): choose an earlier stage, or one whose output is NCHW"
         )
-    guiding = selector or SelectiveModule.fit(plan.channels, size=plan.size, budget=BUDGET * plan.total_macs)
+    guiding = selector
+    if guiding is None:
+        guiding = SelectiveModule.fit(plan.channels, size=plan.size, budget=BUDGET * plan.total_macs)
     reference = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     branch = Selector(guiding, learned_octaves(plan.size, list(plan.sizes)), backend, strict)
     if reference is not None:
@@ -153,9 +155,7 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> P
         return probe.selector.enter(output)
 
     # Guided already, because an `nn.Conv2d` that pads by reflection calls two functions, and the first of them leaves.
-    guided = [
-        MaskedConv2d.guide(part, path, (0, 0)) for path, part in model.named_modules() if type(part) is nn.Conv2d
-    ]
+    guided = [MaskedConv2d.guide(part, path, (0, 0)) for path, part in model.named_modules() if type(part) is nn.Conv2d]
     handles = [module.register_forward_hook(embed)]
     for path, part in model.named_modules():
         if path:

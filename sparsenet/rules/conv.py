@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet import backends
-from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, rule
+from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 from sparsenet.selection import Operation
 from sparsenet.sites import Pair, Window
 
@@ -86,7 +86,7 @@ def masked_conv2d(
             asked = selection.backend if backend == "auto" else backend
             name, reason = backends.choose(asked, weight, groups)
             if window.pointwise:
-                kernel_map, rows = None, x.restricted()[0, :, :, 0].T
+                kernel_map, rows = None, as_rows(x.restricted())
             else:
                 kernel_map, rows = selection.kernel_map(x.grid, x.full, window, (height, width)), x.rows
             out = backends.convolve(name, rows, weight, bias, groups, kernel_map)

@@ -6,17 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparsenet.features import Features, Leaves, rule
 
 _ATTRIBUTES = """
     shape ndim dtype device layout is_leaf grad_fn grad is_cuda is_cpu is_meta is_sparse is_quantized
     is_mkldnn is_nested is_xla is_mps itemsize nbytes names _version output_nr
+    _backward_hooks _base _cdata
 """
 _METHODS = """
     size dim ndimension numel nelement element_size is_floating_point is_complex is_inference is_contiguous
-    stride get_device __len__ __hash__ has_names is_signed
+    stride get_device __len__ __hash__ has_names is_signed _is_view
 """
+
+
+# Properties arrive as the getters and setters of their descriptors.
+_Tensor: Any = Tensor
 
 
 @rule(
@@ -26,14 +32,16 @@ _METHODS = """
     torch.is_complex,
     torch.numel,
     Tensor.requires_grad_,
-    Tensor.requires_grad.__set__,
+    _Tensor.requires_grad.__set__,
+    _Tensor.grad.__set__,
+    _Tensor._backward_hooks.__set__,  # autograd resets it when an in-place operation rebases the history
 )
 def metadata(func: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
-@rule(Tensor.requires_grad.__get__)
+@rule(_Tensor.requires_grad.__get__)
 def requires_grad(func: Any, x: Features) -> bool:
     return bool(metadata(func, x)) or x.value.requires_grad or x.gate_is_live()
 
@@ -51,12 +59,24 @@ def gradient_hooks(func: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-@rule(Tensor.data.__set__)
+@rule(torch.autograd.backward, torch.autograd.grad)
+def backward(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """A backward pass that starts at wrappers, as a reentrant checkpoint's does."""
+    for x in tree_leaves(tensors):
+        if isinstance(x, Features) and (x.full or x.gate_is_live()):
+            raise RuntimeError(
+                f"{func.__name__} from guided features would leave out their mask's part of the gradient: use "
+                "torch.utils.checkpoint with use_reentrant=False, or start from an ordinary tensor"
+            )
+    return metadata(func, tensors, *args, **kwargs)
+
+
+@rule(_Tensor.data.__set__)
 def set_data(func: Any, *args: Any) -> None:
     raise RuntimeError("guided features do not take new .data: return a new tensor instead")
 
 
-@rule(Tensor.detach, torch.detach, Tensor.data.__get__)
+@rule(Tensor.detach, torch.detach, _Tensor.data.__get__)
 def detach(func: Any, x: Features) -> Features:
     return x.like(x.value.detach(), live=False)
 

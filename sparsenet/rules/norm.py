@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.features import Features, Leaves, SparseFeatures, rule
+from sparsenet.features import Features, Leaves, SparseFeatures, as_rows, rule
 
 
 @rule(F.batch_norm)
@@ -48,7 +48,7 @@ def active_rows(x: Features) -> Tensor:
     """The values at active sites, (n, C), in either storage."""
     value = x.restricted()
     if isinstance(x, SparseFeatures):
-        return value[0, :, :, 0].T
+        return as_rows(value)
     return value.permute(0, 2, 3, 1)[x.selection.sites(x.grid).mask]
 
 
