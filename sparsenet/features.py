@@ -163,6 +163,10 @@ class Features(torch.Tensor):
         """An ordinary tensor that broadcasts against (N, C, H, W), as it broadcasts against a value."""
         raise NotImplementedError
 
+    def whole(self) -> Tensor:
+        """The ordinary tensor (N, C, H, W) of full features, no pixel masked."""
+        raise NotImplementedError
+
     def _masked(self) -> Tensor:
         raise NotImplementedError
 
@@ -174,10 +178,11 @@ class Features(torch.Tensor):
             return torch.where(self.selection.mask(self.grid), dense, self.fill[:, None, None].to(dense))
         return dense
 
-    def note_reading(self, reader: str) -> None:
+    def note_reading(self, reader: str, below_autograd: bool = False) -> None:
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
         the same (a custom Function's backward), it would be of the map without its mask. `_Enter` raises then."""
-        if not torch.is_grad_enabled() and _requires_grad(self) and (self.full or self.gate_is_live()):
+        unseen = below_autograd or not torch.is_grad_enabled()
+        if unseen and _requires_grad(self) and (self.full or self.gate_is_live()):
             self._passage.unseen = reader
 
     def gate_is_live(self) -> bool:
@@ -209,6 +214,11 @@ class Features(torch.Tensor):
             return type(first)._wrap(first._value.detach(), first.selection, first.grid, first.full, None, first._live)
         if func._schema.is_mutable:
             raise RuntimeError(_in_place_message(str(func)))
+        if func is torch.ops.aten.add.Tensor:  # autograd sums the gradients of two readers
+            return cls.__torch_function__(torch.add, types, args, kwargs)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Features):
+                leaf.note_reading(str(func), below_autograd=True)
         return leave(func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -220,6 +230,9 @@ class MaskedFeatures(Features):
     """The unmasked dense map and its selection: see the module's text."""
 
     def restricted(self) -> Tensor:
+        return self.value
+
+    def whole(self) -> Tensor:
         return self.value
 
     def operand(self, other: Tensor, full: bool) -> Tensor:
@@ -417,8 +430,8 @@ def _value_gradient(
     features_type: type[Features], selection: Selection, grid: Pair, full: bool, grad: Tensor
 ) -> Tensor:
     """The gradient of a value from the gradient (N, C, H, W) of its wrapper."""
-    if isinstance(grad, Features):
-        grad = grad.dense("backward")
+    if isinstance(grad, Features):  # from a custom Function that computes with what it has saved
+        grad = grad.whole() if grad.full else grad.dense("backward")
     if features_type is SparseFeatures:
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         return _as_value(rows if full else rows.index_select(0, selection.sites(grid).index))

@@ -24,6 +24,11 @@ class Call:
     channels: int | None
 
 
+def watchable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules below the root by path, but for scripted ones, which take no hooks."""
+    return [(path, m) for path, m in model.named_modules() if path and not isinstance(m, torch.jit.ScriptModule)]
+
+
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.FractionalMaxPool2d, nn.LPPool2d)
 
 
@@ -43,7 +48,7 @@ def watch(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Call], Pair | 
 
         return hook
 
-    handles = [module.register_forward_hook(noted(path)) for path, module in model.named_modules() if path]
+    handles = [module.register_forward_hook(noted(path)) for path, module in watchable(model)]
     try:
         run()
     finally:
@@ -67,6 +72,8 @@ def resolve(model: nn.Module, at: str, aliases: dict[str, str], run: Callable[[]
     modules = dict(model.named_modules())
     path = aliases.get(at, at)
     if path in modules and path:
+        if isinstance(modules[path], torch.jit.ScriptModule):
+            raise ValueError(f"stage {path!r} is scripted and takes no hooks: script it after, or embed at another one")
         return path
     calls, entry = watch(model, run)
     poolings = list(dict.fromkeys(call.path for call in calls if isinstance(call.module, _POOLING)))

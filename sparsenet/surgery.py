@@ -20,7 +20,7 @@ from sparsenet.regions import Everywhere
 from sparsenet.selection import Operation
 from sparsenet.selector import SelectiveModule, Selector
 from sparsenet.selector.levels import learned_octaves
-from sparsenet.stage import check_output, resolve
+from sparsenet.stage import check_output, resolve, watchable
 
 # The Selective Module's share of the model's multiply-accumulates, at most.
 BUDGET = 0.02
@@ -157,12 +157,11 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> P
     # Guided already, because an `nn.Conv2d` that pads by reflection calls two functions, and the first of them leaves.
     guided = [MaskedConv2d.guide(part, path, (0, 0)) for path, part in model.named_modules() if type(part) is nn.Conv2d]
     handles = [module.register_forward_hook(embed)]
-    for path, part in model.named_modules():
-        if path:
-            handles += [
-                part.register_forward_pre_hook(lambda *_, path=path: probe.path.append(path), prepend=True),
-                part.register_forward_hook(lambda *_: (probe.path.pop(), None)[1], always_call=True),
-            ]
+    for path, part in watchable(model):
+        handles += [
+            part.register_forward_pre_hook(lambda *_, path=path: probe.path.append(path), prepend=True),
+            part.register_forward_hook(lambda *_: (probe.path.pop(), None)[1], always_call=True),
+        ]
     try:
         with context.setting(regions=Everywhere(), backend="rows", supervision=None), observing(probe):
             run()

@@ -3,7 +3,7 @@ operation raises and is named."""
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from tests.models import assert_same, at_size, blobs
 SIZE = (10, 12)
 HALF = (5, 6)
 STORAGES = ("rows", "reference", "spconv", "live")
-Read = Callable[[Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Stem (the stage), then `op` on full features (place "entry") or on others ("inside")."""
+    """Stem (the stage), two convolutions and a classifier of means, with `op` on full features (place "entry") or on
+    others (place "inside")."""
 
     def __init__(self, op: Callable[[Net, Tensor], Tensor], place: str) -> None:
         super().__init__()
@@ -41,30 +41,31 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         if self.place == "entry":
-            x = self.op(self, x)
-        x = torch.tanh(self.down(x))
-        if self.place == "inside":
-            x = self.op(self, x)
+            x = torch.tanh(self.down(x) + self.down(self.op(self, x)))
+        else:
+            x = self.op(self, torch.tanh(self.down(x)))
         x = torch.tanh(self.again(x))
         return self.classify(x.mean((2, 3)))
 
 
-def by_hand(net: Net, images: Tensor, gates: dict[Any, Tensor], op: Op) -> Tensor:
+def by_hand(net: Net, images: Tensor, gates: Callable[[Tensor], dict[Any, Tensor]], op: Op) -> Tensor:
     """`Net.forward` with every read of features that are not full multiplied by the mask of their size."""
-    left = False
-
-    def read(x: Tensor) -> Tensor:
-        return x if left else x * gates[tuple(x.shape[2:])]
-
     x = net.stem(images)
+    found = gates(x)
+
+    def read(x: Tensor, live: bool = True) -> Tensor:
+        gate = found[tuple(x.shape[2:])]
+        return x * (gate if live else gate.detach())
+
     if net.place == "entry":
-        x = op.by_hand(net, x, read, lambda x: x)
-        left = op.leaves
-    x = torch.tanh(net.down(x))
-    if net.place == "inside":
-        x = op.by_hand(net, x, read, read)
-        left = op.leaves
-    x = torch.tanh(net.again(read(x)))
+        y = op.guided(net, read(x) if op.leaves else x)
+        x = torch.tanh(net.down(x) + net.down(read(y) if op.spatial else y))
+    else:
+        x = torch.tanh(net.down(x))
+        x = op.guided(net, read(x) if op.leaves or op.spatial else x)
+        if op.leaves:
+            return net.classify(torch.tanh(net.again(x)).mean((2, 3)))
+    x = torch.tanh(net.again(read(x, live=not (op.stops and net.place == "inside"))))
     return net.classify(read(x).mean((2, 3)))
 
 
@@ -102,11 +103,7 @@ def block(net: Net, x: Tensor) -> Tensor:
 
 @torch.jit.script
 def scripted_function(x: Tensor) -> Tensor:
-    return torch.relu(x) * 3
-
-
-def scripted_module(net: Net, x: Tensor) -> Tensor:
-    return torch.jit.script(net.inner)(x)
+    return torch.sin(x) * 3
 
 
 def add_in_place(net: Net, x: Tensor) -> Tensor:
@@ -119,44 +116,41 @@ def add_in_place(net: Net, x: Tensor) -> Tensor:
 def write_to_parts(net: Net, x: Tensor) -> Tensor:
     """In-place operations whose results are not used: the object itself has changed."""
     y = x.clone()
-    y.relu_()
+    y.add_(x)
+    y.mul_(0.5)
     F.leaky_relu(y, 0.3, inplace=True)
-    y.add_(x).clamp_(max=0.7)
     return y
 
 
 @dataclass
 class Op:
-    """An operation; whether it leaves the region; what it is by hand, if that is not the operation itself: of the net,
-    its input, a read through the mask, and a read as a spatial operation has it."""
+    """An operation on the features of a net, and how it treats them.
+
+    leaves: it reads through the mask, and gives an ordinary tensor.
+    spatial: it reads what a convolution does, and gives features that are not full.
+    stops: its result gives the mask no gradient.
+    """
 
     guided: Callable[[Net, Tensor], Tensor]
     leaves: bool = False
-    hand: Callable[[Net, Tensor, Read, Read], Tensor] | None = None
+    spatial: bool = False
+    stops: bool = False
     dtype: torch.dtype = torch.float64
-
-    def by_hand(self, net: Net, x: Tensor, read: Read, spatial: Read) -> Tensor:
-        if self.hand is not None:
-            return self.hand(net, x, read, spatial)
-        return self.guided(net, read(x) if self.leaves else x)
-
-
-def block_by_hand(net: Net, x: Tensor, read: Read, spatial: Read) -> Tensor:
-    return block(net, spatial(x))
 
 
 OPS: dict[str, Op] = {
     "none": Op(lambda net, x: x),
     "custom Function": Op(lambda net, x: Cube.apply(x)),
-    "custom Function twice": Op(lambda net, x: Cube.apply(Cube.apply(x) + x)),
+    "custom Function of a custom Function": Op(lambda net, x: Cube.apply(Cube.apply(x) + x)),
+    "custom Functions side by side": Op(lambda net, x: Cube.apply(x) + Cube.apply(x) * x),
     "flattening Function": Op(lambda net, x: Flat.apply(x).view(x.shape), leaves=True),
-    "block": Op(block, hand=block_by_hand),
-    "checkpoint": Op(lambda net, x: checkpoint(block, net, x, use_reentrant=False), hand=block_by_hand),
-    "reentrant checkpoint": Op(lambda net, x: checkpoint(block, net, x, use_reentrant=True), hand=block_by_hand),
+    "block": Op(block, spatial=True),
+    "checkpoint": Op(lambda net, x: checkpoint(block, net, x, use_reentrant=False), spatial=True),
+    "reentrant checkpoint": Op(lambda net, x: checkpoint(block, net, x, use_reentrant=True), spatial=True),
     "reentrant pointwise": Op(lambda net, x: checkpoint(lambda x: x.sin() * x, x, use_reentrant=True)),
     "scripted function": Op(lambda net, x: scripted_function(x), leaves=True),
-    "scripted module": Op(scripted_module, leaves=True),
-    "data": Op(lambda net, x: x.data * 2),
+    "scripted module": Op(lambda net, x: net.inner(x), leaves=True),
+    "data": Op(lambda net, x: x.data * 2, stops=True),
     "detach": Op(lambda net, x: x.detach() + x.sin()),
     "clone": Op(lambda net, x: x.clone().contiguous(memory_format=torch.channels_last)),
     "contiguous": Op(lambda net, x: x.contiguous()),
@@ -172,60 +166,76 @@ OPS: dict[str, Op] = {
 RAISES: dict[tuple[str, str, str], str] = {}
 
 
-def gradients(net: nn.Module, output: Tensor, images: Tensor) -> dict[str, Tensor]:
-    loss = (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum()
-    named = {name.removeprefix("selector.module."): p for name, p in net.named_parameters()}
-    names = [*named, "images"]
-    found = torch.autograd.grad(loss, [*named.values(), images], allow_unused=True)
-    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
-
-
 def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert_same(found[name], wanted[name], rounds=1e4)
 
 
+def gradients(output: Tensor, *modules: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Of a loss that weighs every output differently."""
+    weights = torch.linspace(-1, 1, output.numel()).to(output).view(output.shape)
+    (output * weights).sum().backward()
+    found = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+    return {**found, "images": images.grad}
+
+
+class Pair:
+    """A selective net, and the same net by hand with its own parameters."""
+
+    def __init__(self, op: Op, place: str, storage: str) -> None:
+        net = Net(op.guided, place).double()
+        if op is OPS["scripted module"]:
+            net.inner = torch.jit.script(net.inner)
+        chooser = nn.Conv2d(6, 1, 3, padding=1).double()
+        nn.init.normal_(chooser.weight, std=1.5)
+        images = torch.rand(2, 3, *SIZE, dtype=torch.float64)
+        net, chooser, images = net.to(op.dtype), chooser.to(op.dtype), images.to(op.dtype)
+        self.op, self.storage, self.mask = op, storage, blobs(2, SIZE)
+        self.net, self.images = net, images.clone().requires_grad_()
+        self.selective = sparsenet.selectify(
+            net, "stem", selector=chooser if storage == "live" else GivenMask(), example_inputs=images
+        ).train()
+        if storage == "live":
+            nn.init.uniform_(self.selective.selector.down["1"].weight, -2, 2)
+            nn.init.zeros_(self.selective.selector.down["1"].bias)
+        self.selector = nn.Module()
+        self.selector.selector = copy.deepcopy(self.selective.selector)
+        self.selective_images = images.clone().requires_grad_()
+
+    def settings(self) -> ExitStack:
+        stack = ExitStack()
+        if self.storage != "live":
+            stack.enter_context(sparsenet.use_mask(self.mask))
+            stack.enter_context(sparsenet.use_backend(self.storage))
+        return stack
+
+    def gates(self, features: Tensor) -> dict[Any, Tensor]:
+        if self.storage != "live":
+            return {size: at_size(self.mask, size).to(features) for size in (SIZE, HALF)}
+        selector = self.selector.selector
+        fine = selector.module(features).sigmoid()
+        coarse = F.conv2d(fine, selector.down["1"].weight, selector.down["1"].bias, stride=2, padding=1).sigmoid()
+        assert all(0.1 < (p > 0.5).double().mean() < 0.9 for p in (fine, coarse))
+        # Straight through: the hard mask forward, the probability's gradient backward.
+        return {tuple(p.shape[2:]): (p > 0.5).to(p) + (p - p.detach()) for p in (fine, coarse)}
+
+    def compare(self) -> None:
+        with self.settings():
+            output = self.selective(self.selective_images)
+        expected = by_hand(self.net, self.images, self.gates, self.op)
+        assert_same(output, expected, rounds=1e4)
+        found = gradients(output, self.selective, images=self.selective_images)
+        assert_same_gradients(found, gradients(expected, self.net, self.selector, images=self.images))
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("place", ["entry", "inside"])
 @pytest.mark.parametrize("name", OPS)
 def test_gradients(name: str, place: str, storage: str) -> None:
-    op = OPS[name]
-    net = Net(op.guided, place).to(op.dtype)
-    images = torch.rand(2, 3, *SIZE, dtype=op.dtype, requires_grad=True)
-    print(name, place, storage)
-    run_and_compare(net, op, storage, images)
-
-
-def run_and_compare(net: Net, op: Op, storage: str, images: Tensor) -> None:
-    chooser = nn.Conv2d(6, 1, 3, padding=1).to(images.dtype)
-    nn.init.normal_(chooser.weight, std=0.7)
-    selective = sparsenet.selectify(
-        net, "stem", selector=chooser if storage == "live" else GivenMask(), example_inputs=images.detach()
-    ).train()
-    mask = blobs(2, SIZE)
-    with ExitStack() as settings, sparsenet.record(selective) as rec:
-        if storage != "live":
-            settings.enter_context(sparsenet.use_mask(mask))
-            settings.enter_context(sparsenet.use_backend(storage))
-        output = selective(images)
-    if storage == "live":
-        gates = live_gates(net, selective.selector, images)
-        assert all(0.1 < density < 0.9 for density in rec.density.values())
-    else:
-        gates = {size: at_size(mask, size).to(images) for size in (SIZE, HALF)}
-    expected = by_hand(net, images, gates, op)
-    assert_same(output, expected, rounds=1e4)
-    wanted = gradients(net, expected, images)
-    if storage == "live":
-        ...
-    assert_same_gradients(gradients(selective, output, images), wanted)
-
-
-def live_gates(net: Net, selector: Any, images: Tensor) -> dict[Any, Tensor]:
-    """Straight-through masks by hand: hard + (p - p.detach())."""
-    logits = selector.module(net.stem(images))
-    fine = logits.sigmoid()
-    down = selector.down["1"]
-    coarse = F.conv2d(fine, down.weight, down.bias, stride=2, padding=1).sigmoid()
-    return {tuple(p.shape[2:]): (p > 0.5).to(p) + (p - p.detach()) for p in (fine, coarse)}
+    pair = Pair(OPS[name], place, storage)
+    if (name, place, storage) not in RAISES:
+        pair.compare()
+        return
+    with pytest.raises(RuntimeError, match=RAISES[name, place, storage]):
+        pair.compare()

@@ -27,9 +27,7 @@ def test_layout_is_read_as_voc(root):
         assert image.shape == (3, 300, 300)
         assert 1 <= len(target["labels"]) <= 6
         boxes = target["boxes"]
-        assert (
-            (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 300).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-        )
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 300).all() and (boxes[:, 2:] > boxes[:, :2]).all()
         longer = (boxes[:, 2:] - boxes[:, :2]).amax(1)
         assert ((longer < SMALL.difficult_below) == target["difficult"]).all()
 

@@ -15,9 +15,7 @@ def write(root, annotations, year="2007", image_set="trainval"):
     base = root / "VOCdevkit" / f"VOC{year}"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (base / folder).mkdir(parents=True, exist_ok=True)
-    (base / "ImageSets" / "Main" / f"{image_set}.txt").write_text(
-        "".join(f"{name}\n" for name in annotations)
-    )
+    (base / "ImageSets" / "Main" / f"{image_set}.txt").write_text("".join(f"{name}\n" for name in annotations))
     for name, content in annotations.items():
         Image.new("RGB", (100, 80)).save(base / "JPEGImages" / f"{name}.jpg")
         (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{content}</annotation>")

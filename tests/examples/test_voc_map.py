@@ -156,9 +156,7 @@ def test_weights_equal_repeated_images(noisy):
     counts = np.array([0, 2, 1, 3, 0, 1, 1, 1, 0, 2, 1, 0])
     repeated = [i for i, count in enumerate(counts) for _ in range(count)]
     again = match([good[i] for i in repeated], [targets[i] for i in repeated], 2)
-    np.testing.assert_allclose(
-        average_precision(match(good, targets, 2), counts), average_precision(again), rtol=1e-12
-    )
+    np.testing.assert_allclose(average_precision(match(good, targets, 2), counts), average_precision(again), rtol=1e-12)
 
 
 def test_bootstrap(noisy):

@@ -1,0 +1,118 @@
+"""The recipe from end to end, as small as it gets, and the parts that only it uses."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sparsenet
+import ssd_voc
+from data import digits_voc
+from detectors.ssd import ssd300_vgg16_bn
+from evaluation.detector import Evaluation
+from evaluation.speed import fold_batchnorm
+from evaluation.voc_map import Matches
+from report import Comparison, markdown, thinned
+from storage import save_checkpoint
+
+
+def test_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(digits_voc, "DigitsVOC", lambda: digits_voc_class(train=2, test=2))
+    save_checkpoint(ssd300_vgg16_bn(11, width=0.25), tmp_path / "dense.safetensors")
+    command = (
+        "ssd_voc.py --checkpoint dense.safetensors --iterations 1 --batch-size 2 --eval-images 2 "
+        "--timed-images 1 --repeats 1 --workers 0 --threads 1 --out out --device cpu"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    ssd_voc.main()
+
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    checkpoints = {"dense_seed0.safetensors", "selective_seed0.safetensors"}
+    assert written == checkpoints | {"result.json", "result.md", "selection.png"}
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["command"] == f"python examples/{command}"
+    assert result["test_images"] == 2
+    assert result["gmacs"]["dense"] == pytest.approx(2.10, abs=0.01)
+    assert math.isfinite(result["speedup"])
+    assert (tmp_path / "out" / "result.md").read_text() in capsys.readouterr().out
+
+
+digits_voc_class = digits_voc.DigitsVOC
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--voc-root x", "use --checkpoint or --from-scratch"),
+        ("--voc-root x --from-scratch --width 0.5", "add --no-imagenet"),
+        ("--dense-only", "goes with"),
+    ],
+)
+def test_contradictory_arguments(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("sys.argv", ["ssd_voc.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        ssd_voc.parse_arguments()
+    assert said in capsys.readouterr().err
+
+
+def test_presets(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--voc-root", "x", "--from-scratch", "--iterations", "12"])
+    args = ssd_voc.parse_arguments()
+    assert (args.width, args.finetune.batch_size, args.finetune.lr, args.eval_images) == (1, 32, 0.01, 0)
+    assert (args.finetune.iterations, args.scratch.iterations) == (12, 120_000)
+    assert [args.finetune.factor(step) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_folded_detector_computes_the_same(selective):
+    torch.manual_seed(0)
+    model = ssd300_vgg16_bn(3, width=0.25).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean, std=0.1)
+    image = [torch.rand(3, 300, 300)]
+    if selective:
+        model = sparsenet.selectify(model, at="pool2", example_inputs=image)
+    folded = fold_batchnorm(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.backbone.modules())
+    mask = torch.rand(1, 20, 20) < 0.3
+    with torch.inference_mode(), sparsenet.use_mask(mask):
+        ours, folds = (heads(m, image[0][None] * 255) for m in (model, folded))
+    for name in ours:
+        torch.testing.assert_close(folds[name], ours[name], rtol=1e-3, atol=1e-3)
+
+
+def heads(model, images):
+    return model.head(list(model.backbone(images).values()))
+
+
+def test_comparison_of_two_seeds():
+    """Of 20 images with an object each, the dense detector finds all, the selective one half or all."""
+    images, ones = np.arange(20), np.ones(20, int)
+
+    def found(share):
+        correct = images < 20 * share
+        return Matches(images, ones, correct, ones[:, None])
+
+    dense = [Evaluation(found(1))] * 2
+    selective = [Evaluation(found(share), 4e9, 10e9, 0.25) for share in (0.5, 1)]
+    figures = Comparison([3, 4], dense, selective, {"dense": [10, 11, 12], "selective": [5, 5, 6]}).figures()
+    assert figures["map_11_point"] == {"dense": 100, "selective": pytest.approx(100 * (6 / 11 + 1) / 2, abs=1e-3)}
+    assert figures["difference"] == pytest.approx(-22.727, abs=1e-3)
+    low, high = figures["difference_95"]
+    assert low < figures["difference"] < high <= 0
+    assert (figures["macs_cut"], figures["active"], figures["speedup"]) == (60, 25, 2)
+    lines = markdown(figures).splitlines()
+    assert lines[2].startswith("| dense     | 100.0 ")
+    assert "4.000 (−60.0 %) | 25.0 % | 5.0" in lines[3]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_thinned():
+    assert thinned([1.0, 3.0, 5.0, 7.0], points=2) == [2, 6]
+    assert thinned([1.0], points=100) == [1]
