@@ -13,6 +13,7 @@ from storage import replacing
 
 matplotlib.use("Agg")  # files only; no display needed
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def draw_seen(rows: Sequence[Seen], path: Path) -> None:
         row[3].imshow(picture)
         for (x1, y1, x2, y2), label, score in zip(seen.boxes.tolist(), seen.labels, seen.scores.tolist(), strict=True):
             colour = f"C{sum(label.encode()) % 10}"
-            row[3].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
+            row[3].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
             row[3].text(
                 x1, y1 - 2, f"{label} {score:.2f}", fontsize=6.5, color="white", va="bottom", clip_on=True,
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},

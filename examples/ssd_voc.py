@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Preset:
 
     width: float  # factor on all channel counts
     scratch: Schedule  # of the dense detector both start from
+    selector: Schedule  # of the selective detector's new branch alone, on the dense detector's frozen features
     finetune: Schedule  # of each of the two
     mask_warmup: float  # share of the fine-tuning in which true boxes are active, predicted or not
     eval_images: int  # 0: all
@@ -48,8 +50,9 @@ class Preset:
 DEMO = Preset(
     width=0.25,
     scratch=Schedule(iterations=2140, batch_size=16, lr=0.02),
-    finetune=Schedule(iterations=120, batch_size=16, lr=0.005),
-    mask_warmup=0.4,
+    selector=Schedule(iterations=300, batch_size=16, lr=0.01),
+    finetune=Schedule(iterations=110, batch_size=16, lr=0.005),
+    mask_warmup=0.2,
     eval_images=200,
     checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
 )
@@ -60,6 +63,7 @@ PAPER_SCHEDULE = Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0
 PAPER = Preset(
     width=1.0,
     scratch=PAPER_SCHEDULE,
+    selector=Schedule(iterations=2_000, batch_size=32, lr=0.01),
     finetune=PAPER_SCHEDULE,
     mask_warmup=0.0216,
     eval_images=0,
@@ -88,13 +92,19 @@ def main() -> None:
     images = [test[i][0].to(args.device) for i in range(0, len(test), -(-len(test) // args.timed_images))]
     times = compare_speed({"dense": dense, "selective": selective}, images, args.repeats)
 
-    figures = Comparison(args.seeds, *map(list, zip(*evaluations, strict=True)), times).figures()
+    dense_runs, selective_runs = map(list, zip(*evaluations, strict=True))
+    figures = Comparison(args.seeds, dense_runs, selective_runs, times).figures()
     table = markdown(figures)
     print(f"\n{table}")
     with replacing(args.out / "result.md") as temporary:
         temporary.write_text(table)
-    minutes = round((time.perf_counter() - began) / 60, 1)
-    settings = {"at": args.at, "width": args.width, "finetune": asdict(args.finetune), "minutes": minutes}
+    settings = {
+        "at": args.at,
+        "width": args.width,
+        "selector": asdict(args.selector),
+        "finetune": asdict(args.finetune),
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+    }
     write_json(args.out / "result.json", origin() | settings | figures)
     draw_seen([look(selective, test[i][0], classes) for i in range(min(5, len(test)))], args.out / "selection.png")
     for file in args.out.glob("*.resume.pt"):
@@ -117,7 +127,7 @@ def load_data(args) -> tuple[Dataset, Subset, Sequence[str]]:
     return train, Subset(test, range(min(args.eval_images or len(test), len(test)))), classes
 
 
-def pretrain(model: nn.Module, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:
+def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:
     """Train the dense detector both start from; write it, and a log of how it came about."""
     if args.voc_root and args.imagenet:
         load_imagenet_trunk(model.backbone)
@@ -149,9 +159,11 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
 
     torch.manual_seed(seed)
     example = [torch.rand(3, 300, 300, device=args.device)]
-    selective = sparsenet.selectify(base, at=args.at, example_inputs=example)
+    selective: Any = sparsenet.selectify(base, at=args.at, example_inputs=example)
+    selective.to(memory_format=torch.channels_last)
     if seed == args.seeds[0]:
         print(sparsenet.plan(selective))
+    train_selector(selective, train, seed, args)
     warmup = round(args.mask_warmup * args.finetune.iterations)
 
     def loss(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
@@ -169,18 +181,41 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
     return dense, selective
 
 
+def train_selector(selective: Any, train: Dataset, seed: int, args) -> None:
+    """The new branch first learns alone where objects are: nothing after it runs, and the detector stays as it is, so
+    that both detectors' own weights are trained for equally many iterations."""
+    selector = selective.selector
+
+    def loss(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+        with sparsenet.train.direct(selective, [target["boxes"] for target in targets]) as supervision:
+            sparsenet.train.selector_only(selective, images)
+        return {"saliency": supervision.loss()}
+
+    frozen = [parameter for parameter in selective.parameters() if parameter.requires_grad]
+    selective.eval().requires_grad_(False)
+    selector.requires_grad_(True)
+    # Adam, for a fresh branch: after 300 iterations SGD at its best rate is where Adam is after 120.
+    optimizer = torch.optim.AdamW(selector.parameters(), args.selector.lr)
+    train_with(loss, selector, train, args.selector, f"selector, seed {seed}", seed, args, optimizer)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+
+
 def train_alone(model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, args):
     """Train with the detector's own loss."""
     return train_with(lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, args)
 
 
-def train_with(loss, model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, args):
+def train_with(
+    loss, model: Any, train: Dataset, schedule: Schedule, title: str, seed: int, args, optimizer=None
+) -> list[float]:
     torch.manual_seed(seed)
     return fit(
         model.to(memory_format=torch.channels_last),  # twice as fast on CPUs as the default format
         loss,
         lambda start: batches(train, schedule, seed=seed, workers=args.workers, start=start),
         schedule,
+        optimizer=optimizer,
         title=title,
         amp=args.amp,
         state=args.out / f"{title.replace(', ', '_').replace(' ', '_')}.resume.pt",
@@ -203,12 +238,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--dense-only", action="store_true", help="stop after --from-scratch")
     add("--no-imagenet", dest="imagenet", action="store_false",
         help="let --voc-root --from-scratch begin at random, not from ImageNet weights (a download)")
-    add("--iterations", type=int, help="of fine-tuning, each detector (120; with --voc-root 120000)")
+    add("--iterations", type=int, help="of fine-tuning, each detector (110; with --voc-root 120000)")
+    add("--selector-iterations", type=int,
+        help="of the selector alone, before fine-tuning (300; with --voc-root 2000)")
     add("--scratch-iterations", type=int, help="of --from-scratch (2140; with --voc-root 120000)")
     add("--batch-size", type=int, help="images in an iteration (16; with --voc-root 32)")
     add("--lr", type=float, help="highest learning rate of fine-tuning (0.005; with --voc-root 0.01)")
     add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
-        "are active even if not predicted (0.4; with --voc-root 0.0216, five epochs)")
+        "are active even if not predicted (0.2; with --voc-root 0.0216, five epochs)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
     add("--eval-images", type=int,
@@ -232,6 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.amp is None:
         args.amp = bfloat16_is_fast(args.device)
     args.finetune = given(preset.finetune, iterations=args.iterations, batch_size=args.batch_size, lr=args.lr)
+    args.selector = given(preset.selector, iterations=args.selector_iterations, batch_size=args.batch_size)
     args.scratch = given(preset.scratch, iterations=args.scratch_iterations, batch_size=args.batch_size)
     if args.dense_only and not args.from_scratch:
         parser.error("--dense-only goes with --from-scratch")

@@ -88,6 +88,7 @@ def fit(
     data: Callable[[int], Iterable[tuple[Images, Targets]]],
     schedule: Schedule,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
     title: str,
     amp: bool,
     state: Path,
@@ -98,6 +99,7 @@ def fit(
     Args:
         loss: (images, targets, step) -> the summands of the loss by name.
         data: first step -> the batches from there on.
+        optimizer: SGD over all parameters unless given.
         title: names the run, at the progress bar and in `state`.
         amp: run the forward pass in bfloat16 where torch's autocast does.
         state: file that receives all that is needed to resume, every `save_every` iterations and at
@@ -108,9 +110,10 @@ def fit(
         CheckpointError: `state` is damaged, or belongs to another run.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(
-        model.parameters(), schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
-    )
+    if optimizer is None:
+        optimizer = torch.optim.SGD(
+            model.parameters(), schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     parts = {"model": model, "optimizer": optimizer, "rate": rate}
     run = f"{title}: {schedule}"

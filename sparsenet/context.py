@@ -28,6 +28,7 @@ class Settings:
     regions: Regions | None = None
     backend: str | None = None
     supervision: DirectSupervision | None = None
+    selector_only: bool = False
     observers: tuple[Observer, ...] = ()
 
 

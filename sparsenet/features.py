@@ -71,6 +71,7 @@ class Features(torch.Tensor):
     _value: Tensor
     _passage: _Passage
     _live: bool
+    _tied: bool  # in the graph by its mask only, not by its value
     _read: tuple[bool, Tensor] | None
     _lent: list[tuple[Tensor, int]]
 
@@ -95,8 +96,11 @@ class Features(torch.Tensor):
             fill: what inactive pixels hold when the features leave the region, (C,); zero if `None`.
             live: whether reading through the mask gives the mask gradient.
         """
-        if torch.is_grad_enabled() and value.requires_grad:
-            return _Enter.apply(value, cls, selection, grid, full, fill, live)
+        if torch.is_grad_enabled():
+            # Where the mask alone takes gradient, the wrapper is in the graph too, so that losing it is noticed.
+            tie = None if value.requires_grad else cls._gate(selection, grid, live)
+            if value.requires_grad or tie is not None:
+                return _Enter.apply(value, tie, cls, selection, grid, full, fill, live)
         return cls._wrap(value, selection, grid, full, fill, live)
 
     @classmethod
@@ -112,6 +116,7 @@ class Features(torch.Tensor):
         features.fill = fill
         features._live = live
         features._passage = _Passage()
+        features._tied = False
         features._read = None
         features._lent = []
         return features
@@ -142,7 +147,7 @@ class Features(torch.Tensor):
                     "a view of a guided feature map was written to after the map had left the guided region: the "
                     "write would be lost. Write to the map itself, or call .clone() before taking the view"
                 )
-        if torch.is_grad_enabled() and not self._value.requires_grad and _requires_grad(self):
+        if torch.is_grad_enabled() and not (self._value.requires_grad or self._tied) and _requires_grad(self):
             return _Leave.apply(self)
         return self._value
 
@@ -153,6 +158,10 @@ class Features(torch.Tensor):
 
     @property
     def gate(self) -> Tensor | None:
+        return self._gate(self.selection, self.grid, self._live)
+
+    @classmethod
+    def _gate(cls, selection: Selection, grid: Pair, live: bool) -> Tensor | None:
         return None
 
     def restricted(self) -> Tensor:
@@ -178,12 +187,11 @@ class Features(torch.Tensor):
             return torch.where(self.selection.mask(self.grid), dense, self.fill[:, None, None].to(dense))
         return dense
 
-    def note_reading(self, reader: str, below_autograd: bool = False) -> None:
+    def note_reading(self, reader: str) -> None:
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
         the same (a custom Function's backward), it would be of the map without its mask. `_Enter` raises then."""
-        unseen = below_autograd or not torch.is_grad_enabled()
-        if unseen and _requires_grad(self) and (self.full or self.gate_is_live()):
-            self._passage.unseen = reader
+        if not torch.is_grad_enabled() and _requires_grad(self) and (self.full or self.gate_is_live()):
+            self._passage.unseen = self._passage.unseen or reader
 
     def gate_is_live(self) -> bool:
         return False
@@ -214,12 +222,11 @@ class Features(torch.Tensor):
             return type(first)._wrap(first._value.detach(), first.selection, first.grid, first.full, None, first._live)
         if func._schema.is_mutable:
             raise RuntimeError(_in_place_message(str(func)))
-        if func is torch.ops.aten.add.Tensor:  # autograd sums the gradients of two readers
-            return cls.__torch_function__(torch.add, types, args, kwargs)
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Features):
-                leaf.note_reading(str(func), below_autograd=True)
-        return leave(func, args, kwargs or {}, "called below torch functions, by a custom autograd Function or in C++")
+        reason = "called below torch functions, by a custom autograd Function or in C++"
+        with torch.no_grad():  # whatever the mode says, nothing is recorded here, and what is cached must know
+            if func is torch.ops.aten.add.Tensor:  # autograd sums the gradients of two readers
+                return cls.__torch_function__(torch.add, types, args, kwargs)
+            return leave(func, args, kwargs or {}, reason)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = (self.selection.batch, self._value.shape[1], *self.grid)
@@ -238,9 +245,9 @@ class MaskedFeatures(Features):
     def operand(self, other: Tensor, full: bool) -> Tensor:
         return other
 
-    @property
-    def gate(self) -> Tensor | None:
-        return self.selection.gate(self.grid) if self._live else None
+    @classmethod
+    def _gate(cls, selection: Selection, grid: Pair, live: bool) -> Tensor | None:
+        return selection.gate(grid) if live else None
 
     def gate_is_live(self) -> bool:
         return self._live and self.selection.levels.gate(self.grid) is not None
@@ -293,12 +300,15 @@ class SparseFeatures(Features):
             return other
         other = other[(None,) * (4 - other.dim())]
         sites = self.selection.everywhere(self.grid) if full else self.selection.sites(self.grid)
-        if other.shape[2:] == (1, 1):
+        if other.shape[2:] == (1, 1) != self.grid:
             if other.shape[0] == 1:
                 return other
             return _as_value(other[:, :, 0, 0].index_select(0, sites.image))
         pixels = other.expand(self.selection.batch, -1, *self.grid).permute(0, 2, 3, 1).flatten(0, 2)
         return _as_value(pixels if full else pixels.index_select(0, sites.index))
+
+    def whole(self) -> Tensor:
+        return self.rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
 
     def _masked(self) -> Tensor:
         rows = as_rows(self.restricted())
@@ -349,7 +359,8 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
             "stage, or use strict=False to let it run dense"
         )
     selection.report(Operation(name, "exit", grid, reason=reason))
-    dense = {id(features): features.dense(name) for features in leaving}
+    # Contiguous, as the wrappers' own strides say: `x.view(len(x), -1)` would refuse the rows' order.
+    dense = {id(features): features.dense(name).contiguous() for features in leaving}
     args, kwargs = tree_map_only(Features, lambda features: dense[id(features)], (args, kwargs))
     result = func(*args, **kwargs)
     for features in leaving:
@@ -380,7 +391,10 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
     if name in ("__get__", "__set__"):
         return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
-    return str(getattr(func, "__qualname__", name)).replace("_TensorBase", "Tensor").replace("TensorBase", "Tensor")
+    name = str(getattr(func, "__qualname__", name))
+    for internal, known in (("_VariableFunctionsClass", "torch"), ("_TensorBase", "Tensor"), ("TensorBase", "Tensor")):
+        name = name.replace(internal, known)
+    return name
 
 
 _OPERATORS = (
@@ -439,12 +453,13 @@ def _value_gradient(
 
 
 class _Enter(torch.autograd.Function):
-    """value -> wrapper."""
+    """value -> wrapper; `tie`, if given, is there to be in the graph only."""
 
     @staticmethod
     def forward(
         ctx: Any,
         value: Tensor,
+        tie: Tensor | None,
         cls: type[Features],
         selection: Selection,
         grid: Pair,
@@ -453,13 +468,14 @@ class _Enter(torch.autograd.Function):
         live: bool,
     ) -> Features:
         features = cls._wrap(value, selection, grid, full, fill, live)
+        features._tied = tie is not None
         ctx.place = (cls, selection, grid, full)
         ctx.passage = features._passage
         return features
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _arriving(ctx, grad), None, None, None, None, None, None
+        return _arriving(ctx, grad), None, None, None, None, None, None, None
 
 
 class _Rebase(torch.autograd.Function):
@@ -474,15 +490,15 @@ class _Rebase(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _arriving(ctx, grad) if ctx.needs_input_grad[1] else None
+        return None, _arriving(ctx, grad)
 
 
 def _arriving(ctx: Any, grad: Tensor) -> Tensor:
     if ctx.passage.unseen is not None:
         raise RuntimeError(
-            f"{ctx.passage.unseen} read guided features through their mask inside a custom autograd Function or a "
-            "reentrant checkpoint, where the mask's part of the gradient would be lost: use use_reentrant=False, "
-            "or let the Function take an ordinary tensor (features.clone().contiguous() outside the region)"
+            f"{ctx.passage.unseen} read guided features through their mask inside a custom autograd Function, a "
+            "scripted function or a reentrant checkpoint, where the mask's part of the gradient would be lost: use "
+            "use_reentrant=False, run it in Python, or embed at a later stage"
         )
     features_type, selection, grid, full = ctx.place
     return _value_gradient(features_type, selection, grid, full, grad)

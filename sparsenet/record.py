@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from sparsenet import context
 from sparsenet.selection import Operation, Selection
@@ -110,6 +111,15 @@ class Record:
             self.downstream_macs += dense_macs
 
 
+def _attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flops
+
+
+# PyTorch's registry lacks the CPU's fused attention, which the Selective Module's non-local block runs.
+_FORMULAS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
+
+
 class _MacCounter(TorchDispatchMode):
     """Counts ordinary operations by PyTorch's own formulas (which count a multiply-accumulate as two)."""
 
@@ -118,10 +128,14 @@ class _MacCounter(TorchDispatchMode):
         self.record = record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.record.count(formula(*args, **(kwargs or {}), out_val=result) // 2)
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # inference mode hands over composite operations, such as `conv2d`, in one piece
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs)
+        self.record.count(formula(*args, **kwargs, out_val=result) // 2)
         return result
 
 

@@ -8,7 +8,7 @@ value 0) or a place outside the image (`OUTSIDE`, whose value is the operation's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -54,7 +54,6 @@ class ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
         sites = cls(torch.ones(batch, *size, dtype=torch.bool, device=device))
         sites.index = torch.arange(batch * size[0] * size[1], device=device)
-        sites.rank = sites.index.int().view(batch, *size)
         return sites
 
     @property
@@ -75,11 +74,24 @@ class ActiveSites:
         return self.index // (self.size[0] * self.size[1])
 
     @cached_property
+    def line(self) -> Tensor:
+        """Vertical place of each site in its image: int64 (n,)."""
+        return self.index // self.size[1] % self.size[0]
+
+    @cached_property
+    def column(self) -> Tensor:
+        """Horizontal place of each site in its image: int64 (n,)."""
+        return self.index % self.size[1]
+
+    @cached_property
     def rank(self) -> Tensor:
-        """The row of each pixel, or `INACTIVE`: int32 (N, H, W)."""
-        rank = torch.full((self.mask.numel(),), INACTIVE, dtype=torch.int32, device=self.mask.device)
-        rank[self.index] = torch.arange(len(self), dtype=torch.int32, device=rank.device)
-        return rank.view(self.mask.shape)
+        """The row of each pixel, or `INACTIVE`; one line and one column more than the map answer `OUTSIDE`:
+        int32 (N, H + 1, W + 1)."""
+        batch, height, width = self.mask.shape
+        rank = torch.full((batch, height + 1, width + 1), OUTSIDE, dtype=torch.int32, device=self.mask.device)
+        inside = torch.cumsum(self.mask.flatten(), 0, dtype=torch.int32) - 1
+        rank[:, :height, :width] = torch.where(self.mask, inside.view(self.mask.shape), INACTIVE)
+        return rank
 
 
 class KernelMap:
@@ -119,21 +131,25 @@ def kernel_map(source: ActiveSites, window: Window, target: ActiveSites) -> Kern
     """The kernel map of `window` from the sites it reads to the sites it must produce.
 
     There is no hash table: a tap's place is arithmetic on the output site's coordinates, and its row a look-up
-    in the rank image, which has one extra line and column to answer `OUTSIDE`.
+    in the rank image.
     """
     (height, width), (out_height, out_width) = source.size, target.size
-    rank = torch.nn.functional.pad(source.rank, (0, 1, 0, 1), value=OUTSIDE).flatten()
-    lines = _axis(height, out_height, window, 0, rank.device)
-    columns = _axis(width, out_width, window, 1, rank.device)
-    place = target.index % (out_height * out_width)
-    line = lines[place // out_width] + (target.image * (height + 1))[:, None]  # (n_out, kernel height)
-    column = columns[place % out_width]  # (n_out, kernel width)
-    table = rank[((line * (width + 1))[:, :, None] + column[:, None, :]).flatten(1)]
-    return KernelMap(table, len(source))
+    lines = _axis(height, out_height, window, 0, source.rank.device)
+    columns = _axis(width, out_width, window, 1, source.rank.device)
+    line = lines[target.line] + (target.image * (height + 1))[:, None]  # (n_out, kernel height)
+    column = columns[target.column]  # (n_out, kernel width)
+    place = (line * (width + 1))[:, :, None] + column[:, None, :]
+    return KernelMap(source.rank.view(-1)[place.flatten(1)], len(source))
 
 
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
 def _axis(length: int, out_length: int, window: Window, axis: int, device: torch.device) -> Tensor:
-    """Input coordinate of every (output coordinate, tap) along one axis, `length` standing for outside."""
+    """Input coordinate of every (output coordinate, tap) along one axis, `length` standing for outside: (out, taps).
+
+    Small, a function of the geometry alone, and made of a dozen tiny operations: computing it in every pass took a
+    tenth of a narrow network's time.
+    """
     start = torch.arange(out_length, device=device) * window.stride[axis] - window.padding[axis]
     taps = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
     place = start[:, None] + taps

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sparsenet import context
 from sparsenet.record import selector_of
 from sparsenet.regions import Frame, Regions, box_cells, check_regions
 from sparsenet.selector.levels import LearnedLevels
+from sparsenet.selector.selector import SelectorDone
 from sparsenet.sites import Pair
 
 
@@ -34,10 +36,8 @@ class DirectSupervision:
             raise RuntimeError("no selective model ran inside this `with sparsenet.train.direct(...)` block")
         total, count = torch.zeros(()), 0
         for levels, frame in self._passes:
-            for size in levels.supervised:
-                logits = levels.logits(size)
-                assert logits is not None
-                target = self.target(frame, size).to(logits)
+            for logits in levels.octaves:
+                target = self.target(frame, (logits.shape[2], logits.shape[3])).to(logits)
                 total = total.to(logits) + F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="sum")
                 count += target.numel()
         return total / max(1, count)
@@ -94,3 +94,16 @@ def direct(model: nn.Module, boxes: list[Tensor], *, warmup: bool = False) -> It
     supervision = DirectSupervision(regions, warmup)
     with context.setting(supervision=supervision):
         yield supervision
+
+
+def selector_only(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Call a selective model up to its selector and no further: all that its supervision needs, at the price of the
+    layers before the stage. Gradient reaches the selector, and those layers where their parameters take it.
+
+        with sparsenet.train.direct(model, boxes) as supervision:
+            sparsenet.train.selector_only(model, images)
+        supervision.loss().backward()
+    """
+    selector_of(model)
+    with context.setting(selector_only=True), suppress(SelectorDone):
+        model(*args, **kwargs)

@@ -67,4 +67,4 @@ def gradients(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """
     weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape).sin()
     weighted = torch.where(result.isfinite(), result, 0) * weights
-    return list(torch.autograd.grad(weighted.sum(), inputs, materialize_grads=True))
+    return list(torch.autograd.grad(weighted.sum(), inputs, retain_graph=True, materialize_grads=True))

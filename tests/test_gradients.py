@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparsenet
 from sparsenet import GivenMask
-from tests.models import assert_same, at_size, blobs
+from tests.models import assert_as_good, assert_same, at_size, blobs, error
 
 SIZE = (10, 12)
 HALF = (5, 6)
@@ -135,6 +136,7 @@ class Op:
     leaves: bool = False
     spatial: bool = False
     stops: bool = False
+    places: tuple[str, ...] = ("entry", "inside")
     dtype: torch.dtype = torch.float64
 
 
@@ -150,6 +152,9 @@ OPS: dict[str, Op] = {
     "reentrant pointwise": Op(lambda net, x: checkpoint(lambda x: x.sin() * x, x, use_reentrant=True)),
     "scripted function": Op(lambda net, x: scripted_function(x), leaves=True),
     "scripted module": Op(lambda net, x: net.inner(x), leaves=True),
+    "scripted function, then a convolution": Op(
+        lambda net, x: (1 + scripted_function(x).mean()) * net.inner(x), spatial=True, places=("inside",)
+    ),
     "data": Op(lambda net, x: x.data * 2, stops=True),
     "detach": Op(lambda net, x: x.detach() + x.sin()),
     "clone": Op(lambda net, x: x.clone().contiguous(memory_format=torch.channels_last)),
@@ -162,12 +167,22 @@ OPS: dict[str, Op] = {
     "an unknown operation": Op(lambda net, x: x.roll(1, 3), leaves=True),
 }
 
-# What raises, and how the operation is named.
-RAISES: dict[tuple[str, str, str], str] = {}
+# What raises, and how the operation is named: a custom Function or a scripted function that reads through the mask, and
+# a backward pass that a reentrant checkpoint starts from features.
+THROUGH_MASK = r"{} read guided features through their mask .* use_reentrant=False"
+FROM_FEATURES = r"backward from guided features would leave out their mask's part .* use_reentrant=False"
+FULL_OR_LIVE = [("entry", storage) for storage in STORAGES] + [("inside", "live")]
+RAISES: dict[tuple[str, str, str], str] = {
+    **{("flattening Function", *case): THROUGH_MASK.format(r"Tensor\.flatten") for case in FULL_OR_LIVE},
+    **{("scripted function", *case): THROUGH_MASK.format(r"aten\W+sin\S*") for case in FULL_OR_LIVE},
+    ("scripted function, then a convolution", "inside", "live"): THROUGH_MASK.format(r"aten\W+sin\S*"),
+    **{("reentrant checkpoint", place, "live"): FROM_FEATURES for place in ("entry", "inside")},
+    **{("reentrant pointwise", "entry", storage): FROM_FEATURES for storage in STORAGES},
+}
 
 
 def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     for name in wanted:
         assert_same(found[name], wanted[name], rounds=1e4)
 
@@ -177,31 +192,38 @@ def gradients(output: Tensor, *modules: nn.Module, images: Tensor) -> dict[str, 
     weights = torch.linspace(-1, 1, output.numel()).to(output).view(output.shape)
     (output * weights).sum().backward()
     found = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
-    return {**found, "images": images.grad}
+    return found if images.grad is None else {**found, "images": images.grad}
 
 
 class Pair:
     """A selective net, and the same net by hand with its own parameters."""
 
     def __init__(self, op: Op, place: str, storage: str) -> None:
-        net = Net(op.guided, place).double()
+        self.op, self.storage, self.mask = op, storage, blobs(2, SIZE)
+        nets = [Net(op.guided, place).double() for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
         if op is OPS["scripted module"]:
-            net.inner = torch.jit.script(net.inner)
+            for net in nets:
+                net.inner = torch.jit.script(net.inner)
         chooser = nn.Conv2d(6, 1, 3, padding=1).double()
         nn.init.normal_(chooser.weight, std=1.5)
-        images = torch.rand(2, 3, *SIZE, dtype=torch.float64)
-        net, chooser, images = net.to(op.dtype), chooser.to(op.dtype), images.to(op.dtype)
-        self.op, self.storage, self.mask = op, storage, blobs(2, SIZE)
-        self.net, self.images = net, images.clone().requires_grad_()
+        self.images = torch.rand(2, 3, *SIZE, dtype=torch.float64).to(op.dtype).requires_grad_()
+        self.net, net = (net.to(op.dtype) for net in nets)
+        # In place: PyTorch's deep copy of a scripted module has parameters that take no gradient.
         self.selective = sparsenet.selectify(
-            net, "stem", selector=chooser if storage == "live" else GivenMask(), example_inputs=images
+            net,
+            "stem",
+            selector=chooser.to(op.dtype) if storage == "live" else GivenMask(),
+            example_inputs=self.images.detach(),
+            inplace=True,
         ).train()
         if storage == "live":
-            nn.init.uniform_(self.selective.selector.down["1"].weight, -2, 2)
-            nn.init.zeros_(self.selective.selector.down["1"].bias)
+            down = self.selective.selector.down["1"]
+            down.weight.data.copy_(torch.tensor([[2.0, -1, 1], [-2, 3, -1], [1, -2, 0]]))
+            nn.init.zeros_(down.bias)
         self.selector = nn.Module()
         self.selector.selector = copy.deepcopy(self.selective.selector)
-        self.selective_images = images.clone().requires_grad_()
+        self.selective_images = self.images.detach().clone().requires_grad_()
 
     def settings(self) -> ExitStack:
         stack = ExitStack()
@@ -229,13 +251,342 @@ class Pair:
         assert_same_gradients(found, gradients(expected, self.net, self.selector, images=self.images))
 
 
+CASES = [(name, place) for name, op in OPS.items() for place in op.places]
+
+
+def compared(name: str, place: str, storage: str) -> AbstractContextManager[Any]:
+    """What a comparison must end with: nothing, or the error."""
+    reason = RAISES.get((name, place, storage))
+    return nullcontext() if reason is None else pytest.raises(RuntimeError, match=reason)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("place", ["entry", "inside"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("name", "place"), CASES)
 def test_gradients(name: str, place: str, storage: str) -> None:
     pair = Pair(OPS[name], place, storage)
-    if (name, place, storage) not in RAISES:
+    with compared(name, place, storage):
         pair.compare()
-        return
-    with pytest.raises(RuntimeError, match=RAISES[name, place, storage]):
+
+
+@pytest.mark.parametrize(("name", "place"), CASES)
+def test_gradients_of_the_mask_alone(name: str, place: str) -> None:
+    """Only the selector trains: its gradient comes through the mask, by features that take none themselves."""
+    pair = Pair(OPS[name], place, "live")
+    for parameter in (*pair.net.parameters(), pair.images, pair.selective_images):
+        parameter.requires_grad_(False)
+    for key, parameter in pair.selective.named_parameters():
+        parameter.requires_grad_(key.startswith("selector."))
+    with compared(name, place, "live"):
         pair.compare()
+
+
+# -- the mask's gradient ---------------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    """A selector whose logits are parameters, whatever the features."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.logits
+
+
+def test_the_mask_gets_gradient_where_it_is_off() -> None:
+    """Multiplying by hard + (p - p.detach()) where features are read; pixels once switched off can return."""
+    logits = torch.randn(2, 1, *SIZE, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 2, 3, padding=1))
+    model = model.double()
+    images = torch.rand(2, 3, *SIZE, dtype=torch.float64)
+    selective = sparsenet.selectify(model, "0", selector=Logits(logits.clone()), example_inputs=images[:0]).train()
+    found = selective(images).square().sum()
+    found.backward()
+
+    by_hand = logits.clone().requires_grad_()
+    p = by_hand.sigmoid()
+    gate = (p > 0.5).to(p) + (p - p.detach())
+    x = F.conv2d(model[0](images), model[1].weight, model[1].bias, padding=1)
+    x = F.conv2d(x * gate, model[2].weight, model[2].bias, padding=1)
+    expected = (x.square() * gate).sum()  # pointwise on features, then read
+    expected.backward()
+    assert_same(found, expected)
+    grad = selective.selector.module.logits.grad
+    assert_same(grad, by_hand.grad)
+    off = logits <= 0
+    assert 50 < off.sum() < off.numel() - 50
+    assert (grad[off] != 0).all()
+
+
+@pytest.mark.parametrize("backend", ["rows", "spconv"])
+def test_rows_refuse_a_live_mask(backend: str) -> None:
+    pair = Pair(OPS["none"], "inside", "live")
+    with (
+        sparsenet.use_backend(backend),
+        pytest.raises(RuntimeError, match=rf"the {backend} backend gives the mask no gradient.*'reference' or 'auto'"),
+    ):
+        pair.selective(pair.selective_images)
+    # The ways out: evaluation, no gradients, or a mask that is given or supervised directly.
+    boxes = [torch.tensor([[1.0, 1, 8, 8]])] * 2
+    with sparsenet.use_backend(backend):
+        with torch.no_grad():
+            pair.selective(pair.selective_images)
+        with sparsenet.use_mask(pair.mask):
+            pair.selective(pair.selective_images).sum().backward()
+        with sparsenet.train.direct(pair.selective, boxes):
+            pair.selective(pair.selective_images).sum().backward()
+        pair.selective.eval()(pair.selective_images).sum().backward()
+    assert all(p.grad is None for p in pair.selective.selector.parameters())
+
+
+def test_detached_masks_leave_the_selector_alone() -> None:
+    pair = Pair(OPS["none"], "inside", "live")
+    with sparsenet.train.direct(pair.selective, [torch.zeros(0, 4)] * 2):
+        pair.selective(pair.selective_images).sum().backward()
+    assert all(p.grad is None for p in pair.selective.selector.parameters())
+    assert all(p.grad is not None for n, p in pair.selective.named_parameters() if n.startswith(("stem", "again")))
+
+
+def test_batch_normalisation_in_training_by_hand() -> None:
+    """Mean and variance of the active pixels; the mask takes gradient through what is read, not through who is counted."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 5, 3, padding=1)
+            self.first, self.norm = nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5)
+            self.second = nn.Conv2d(5, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.relu(self.norm(self.first(self.stem(x))))).sum((2, 3))
+
+    logits = torch.randn(2, 1, *SIZE, dtype=torch.float64)
+    model = Normed().double()
+    images = torch.rand(2, 3, *SIZE, dtype=torch.float64)
+    for live in (True, False):
+        selective = sparsenet.selectify(model, "stem", selector=Logits(logits.clone()), example_inputs=images).train()
+        hard = logits > 0
+        with nullcontext() if live else sparsenet.use_mask(hard[:, 0]):
+            selective(images).square().sum().backward()
+
+        twin, by_hand = copy.deepcopy(model), logits.clone().requires_grad_()
+        p = by_hand.sigmoid()
+        gate = hard.to(p) + (p - p.detach() if live else 0)
+        x = twin.first(twin.stem(images))
+        active = x.permute(0, 2, 3, 1)[hard[:, 0]]
+        mean, var = active.mean(0), active.var(0, unbiased=False)
+        x = (x - mean[:, None, None]) / (var + twin.norm.eps).sqrt()[:, None, None]
+        x = F.relu(x * twin.norm.weight[:, None, None] + twin.norm.bias[:, None, None])
+        (twin.second(x * gate) * gate).sum((2, 3)).square().sum().backward()
+        for (name, found), expected in zip(
+            [(n, q) for n, q in selective.named_parameters() if "selector" not in n], twin.parameters(), strict=True
+        ):
+            assert found.grad is not None, name
+            # The bias before a normalisation has no effect: its gradient is zero, to the rounding of its parts.
+            assert_same(found.grad + (name == "first.bias"), expected.grad + (name == "first.bias"), rounds=1e5)
+        assert_same(selective.norm.running_mean, 0.1 * mean)
+        assert_same(selective.norm.running_var, 0.9 + 0.1 * active.var(0))
+        if live:
+            assert_same(selective.selector.module.logits.grad, by_hand.grad, rounds=1e5)
+
+
+# -- whole models ----------------------------------------------------------------------------------------------
+
+
+def test_densenet_with_checkpointing_learns_the_same() -> None:
+    """Its `memory_efficient` switch recomputes every layer in the backward pass, live mask and all."""
+    torch.manual_seed(0)
+    plain = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5)
+    frugal = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5, memory_efficient=True)
+    frugal.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for model in (plain, frugal):
+        torch.manual_seed(1)
+        chooser = nn.Conv2d(16, 1, 3, padding=1)
+        chooser.weight.data -= chooser.weight.mean((2, 3), keepdim=True).detach()  # of edges: about half are on
+        selective = sparsenet.selectify(model.double(), "pool1", selector=chooser, example_inputs=images).train()
+        with sparsenet.record(selective) as rec:
+            output = selective(images)
+        assert 0.2 < rec.density[16, 16] < 0.8
+        found.append(gradients(output, selective, images=images))
+    assert any(name.startswith("selector.down.1") for name in found[0])
+    assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("backend", ["rows", "spconv"])
+def test_resnet_learns_the_same_in_both_storages(backend: str) -> None:
+    model = torchvision.models.resnet18(weights=None, num_classes=5).double()
+    images, mask = torch.rand(2, 3, 64, 48, dtype=torch.float64), blobs(2, (16, 12))
+    found = []
+    for name in ("reference", backend):
+        selective = sparsenet.selectify(model, "maxpool", selector=GivenMask(), example_inputs=images).train()
+        with sparsenet.use_mask(mask), sparsenet.use_backend(name):
+            output = selective(images)
+        found.append((output.detach(), gradients(output, selective, images=images), selective.state_dict()))
+    assert_same(found[1][0], found[0][0], rounds=1e5)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, wanted in found[0][1].items():
+        assert_same(found[1][1][name], wanted, rounds=1e7)  # training-mode BN of few pixels divides by small numbers
+    for name, wanted in found[0][2].items():
+        assert_same(found[1][2][name], wanted, rounds=1e5)
+
+
+# -- modes of PyTorch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_autocast(storage: str) -> None:
+    """Outputs and gradients miss the float32 truth by at most 4 times what dense bfloat16 autocast does by hand."""
+    torch.manual_seed(0)
+    pair = Pair(Op(block, spatial=True, dtype=torch.float32), "inside", storage)
+    images = [pair.images.detach().clone().requires_grad_() for _ in range(3)]
+    dtypes: dict[str, torch.dtype] = {}
+    for name in ("down", "again", "inner"):
+        module = pair.selective.get_submodule(name)
+        module.register_forward_hook(lambda module, args, output, name=name: dtypes.update({name: output.dtype}))
+
+    def learn(run: Callable[[], Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        for module in (pair.net, pair.selector, pair.selective):
+            module.zero_grad()
+        output = run()
+        return output.detach(), gradients(output.float(), pair.net, pair.selector, pair.selective, images=images)
+
+    def guided() -> Tensor:
+        with pair.settings():
+            return pair.selective(images[2])
+
+    truth = learn(lambda: by_hand(pair.net, images[0], pair.gates, pair.op), images[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = learn(lambda: by_hand(pair.net, images[1], pair.gates, pair.op), images[1])
+        found = learn(guided, images[2])
+    assert dtypes == dict.fromkeys(("down", "again", "inner"), torch.bfloat16)
+    assert found[0].dtype == torch.bfloat16
+    assert_as_good(found[0], dense[0], truth[0], factor=4)
+    assert found[1].keys() == truth[1].keys()
+    for name, wanted in truth[1].items():
+        assert found[1][name].dtype == torch.float32
+        precise = torch.finfo(torch.bfloat16).eps * wanted.abs().max().item()
+        assert error(found[1][name], wanted) <= 4 * max(error(dense[1][name], wanted), precise), name
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_inference_mode_and_no_grad(storage: str) -> None:
+    """Nothing of them stays behind: gradients come back with the next pass."""
+    pair = Pair(OPS["block"], "inside", storage)
+    expected = by_hand(pair.net, pair.images, pair.gates, pair.op)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode(), pair.settings():
+            output = pair.selective(pair.selective_images)
+        assert not output.requires_grad
+        assert_same(output, expected)
+    with torch.no_grad(), sparsenet.record(pair.selective) as rec, pair.settings():
+        pair.selective(pair.selective_images)
+    assert not any(saliency.requires_grad for saliency in rec.saliency.values())
+    pair.compare()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_no_grad_for_a_part_of_the_network(storage: str) -> None:
+    """A part that runs without gradients gives none, and spoils none: neither does what it caches."""
+
+    def op(net: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gain = 1 + x.mean()
+        return net.inner(x) * gain
+
+    pair = Pair(Op(op, spatial=True), "inside", storage)
+    pair.compare()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_two_backward_passes_through_one_graph(storage: str) -> None:
+    pair = Pair(OPS["block"], "inside", storage)
+    with pair.settings():
+        output = pair.selective(pair.selective_images).square().sum()
+    output.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in pair.selective.named_parameters() if p.grad is not None}
+    output.backward()
+    for name, grad in once.items():
+        assert_same(pair.selective.get_parameter(name).grad, 2 * grad)
+
+
+# -- what raises -----------------------------------------------------------------------------------------------
+
+
+def guided_pass(op: Callable[[Net, Tensor], Tensor], storage: str) -> Tensor:
+    """A forward pass whose `op` runs between two guided convolutions, but not in the dry run."""
+    pair = Pair(OPS["none"], "inside", storage)
+    pair.selective.op = op
+    with pair.settings():
+        return pair.selective(pair.selective_images)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["register_hook", "retain_grad"])
+def test_hooks_on_features_raise(name: str, storage: str) -> None:
+    def op(net: Net, x: Tensor) -> Tensor:
+        x.register_hook(lambda grad: None) if name == "register_hook" else x.retain_grad()
+        return x
+
+    with pytest.raises(RuntimeError, match=rf"Tensor\.{name} on guided features would never see"):
+        guided_pass(op, storage)
+
+
+WRITES = {
+    "view": lambda x: x.view(-1).zero_(),
+    "permute": lambda x: x.permute(0, 2, 3, 1).mul_(2),
+    "slice": lambda x: x[:, :2].fill_(1),
+    "select": lambda x: x.select(1, 0).add_(1),
+    "detach": lambda x: x.detach().view(x.shape).zero_(),
+    "chunk": lambda x: x.chunk(2, 1)[1].sqrt_(),
+    "transpose": lambda x: x.transpose(2, 3)[0].zero_(),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_to_a_view_of_features_raises_at_their_next_use(name: str, storage: str) -> None:
+    """It would have changed the features of the original network."""
+
+    def op(net: Net, x: Tensor) -> Tensor:
+        x = x.detach() if name != "detach" else x
+        WRITES[name](x)
+        return x
+
+    with pytest.raises(RuntimeError, match=r"a view of a guided feature map was written to .* \.clone\(\)"):
+        guided_pass(op, storage)
+
+
+def test_writing_to_a_copy_is_allowed() -> None:
+    def op(net: Net, x: Tensor) -> Tensor:
+        x.flatten(1).clone().zero_()
+        (x.view(-1) * 2).zero_()
+        x.view(-1)
+        return x
+
+    assert torch.isfinite(guided_pass(op, "rows")).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("__setitem__", lambda net, x: x.__setitem__((0, 0), 1.0)),
+        ("fill_", lambda net, x: x.fill_(1)),
+        ("copy_", lambda net, x: x.copy_(torch.ones_like(x.view(x.shape)))),
+        ("dropout", lambda net, x: F.dropout2d(x, 0.5, inplace=True)),
+        ("guided features do not take new .data", lambda net, x: setattr(x, "data", torch.ones(2, 6, *HALF, dtype=x.dtype))),
+        ("torch.sin", lambda net, x: torch.sin(x, out=x)),
+        ("floor_divide_", lambda net, x: x.__ifloordiv__(2)),
+    ],
+)
+def test_in_place_operations_without_a_rule_raise(name: str, op: Any, storage: str) -> None:
+    def writes(net: Net, x: Tensor) -> Tensor:
+        op(net, x)
+        return x
+
+    with pytest.raises(RuntimeError, match=rf"{name}.*(would write in place|return a new tensor)"):
+        guided_pass(writes, storage)

@@ -80,12 +80,14 @@ def test_sites_are_numbered_row_by_row_and_image_after_image(mask: Tensor) -> No
     assert sites.size == mask.shape[1:]
     assert sites.image.tolist() == images.tolist()
     assert sites.index.tolist() == ((images * mask.shape[1] + lines) * mask.shape[2] + columns).tolist()
-    assert sites.rank.tolist() == ranks(mask).int().tolist()
+    assert (sites.line.tolist(), sites.column.tolist()) == (lines.tolist(), columns.tolist())
+    surrounded = F.pad(ranks(mask), (0, 1, 0, 1), value=OUTSIDE)
+    assert sites.rank.tolist() == surrounded.int().tolist()
 
 
 def test_all_sites_are_those_of_a_full_mask() -> None:
     everywhere, full = ActiveSites.all(2, (3, 4), torch.device("cpu")), ActiveSites(torch.ones(2, 3, 4).bool())
-    for name in ("mask", "index", "image", "rank"):
+    for name in ("mask", "index", "image", "line", "column", "rank"):
         assert torch.equal(getattr(everywhere, name), getattr(full, name))
     assert len(everywhere) == 24
 

@@ -7,6 +7,7 @@ figures of the original (Liu et al., 2016).
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,13 +139,15 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
     scale = 255 * torch.tensor([0.229, 0.224, 0.225])  # ours sees 0..255, ImageNet's weights expect unit variance
     ours[0].weight.div_(scale.to(ours[0].weight.device).view(1, 3, 1, 1))
 
-    ours, norms = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (extractor.trunk, vgg.features))
-    for mine, norm, conv in zip(ours, norms, theirs, strict=False):
+    batchnorms: Any = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (extractor.trunk, vgg.features))
+    for mine, norm, conv in zip(*batchnorms, theirs, strict=False):
         mine.load_state_dict(norm.state_dict())
         mine.running_mean.sub_(conv.bias.to(mine.running_mean.device))  # our convolutions have no bias
 
-    fc6, fc7 = vgg.classifier[0], vgg.classifier[3]
-    extractor.trunk.fc6.weight.copy_(fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3])
-    extractor.trunk.bn_fc6.bias.copy_(fc6.bias[::4])
-    extractor.trunk.fc7.weight.copy_(fc7.weight[::4, ::4, None, None])
-    extractor.trunk.bn_fc7.bias.copy_(fc7.bias[::4])
+    trunk: Any = extractor.trunk
+    fc6: Any = vgg.classifier[0]
+    fc7: Any = vgg.classifier[3]
+    trunk.fc6.weight.copy_(fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3])
+    trunk.bn_fc6.bias.copy_(fc6.bias[::4])
+    trunk.fc7.weight.copy_(fc7.weight[::4, ::4, None, None])
+    trunk.bn_fc7.bias.copy_(fc7.bias[::4])

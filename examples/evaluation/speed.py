@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import sparsenet
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
+def fold_batchnorm(model: nn.Module) -> Any:
     """A copy with every BatchNorm that follows a convolution in an `nn.Sequential` folded into it.
 
     In place of the convolution's own tensors, so that a convolution of any subclass stays what it is.
     """
     model = copy.deepcopy(model).eval()
+    sequence: Any
     for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        layers = list(sequence.named_children())
+        layers: Any = list(sequence.named_children())
         for (_, conv), (name, norm) in pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 conv.weight, conv.bias = fuse_conv_bn_weights(

@@ -43,5 +43,5 @@ def convolve(
     name: str, rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None
 ) -> Tensor:
     """Masked convolution of rows (n_in, C) to rows (n_out, O) by the backend `name`, as `choose` gave it."""
-    out: Tensor = BACKENDS[name].convolve(rows, weight, groups, kernel_map)
-    return out if bias is None else out + bias.to(out.dtype)  # autocast leaves the bias as it is
+    out: Tensor = BACKENDS[name].convolve(rows, weight, bias, groups, kernel_map)
+    return out

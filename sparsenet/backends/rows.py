@@ -24,46 +24,54 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
     return None
 
 
-def convolve(rows: Tensor, weight: Tensor, groups: int, kernel_map: KernelMap | None) -> Tensor:
+def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     outputs, inputs = weight.shape[:2]
     packed = weight.reshape(groups, outputs // groups, inputs, -1).permute(0, 3, 2, 1)
     packed = packed.reshape(groups, -1, outputs // groups)  # (groups, taps * I, O / groups)
     if kernel_map is None:
-        return _merge(_split(rows[:, None], groups) @ packed)
-    return _GatherProduct.apply(rows, packed, kernel_map)
+        return _product(rows[:, None], packed, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, packed, bias)):
+        return _GatherProduct.apply(rows, packed, bias, kernel_map)
+    return _gather_product(rows, packed, bias, kernel_map)
 
 
 def _split(columns: Tensor, groups: int) -> Tensor:
     """Columns (n, taps, C) by group: (groups, n, taps * C / groups)."""
     sites, taps, channels = columns.shape
-    columns = columns.view(sites, taps, groups, channels // groups)
-    return columns.permute(2, 0, 1, 3).reshape(groups, sites, taps * channels // groups)
+    grouped = columns.view(sites, taps, groups, channels // groups).permute(2, 0, 1, 3)
+    return grouped.reshape(groups, sites, taps * channels // groups)
 
 
-def _merge(grouped: Tensor) -> Tensor:
-    """(groups, n, O / groups) to rows (n, O)."""
-    return grouped.transpose(0, 1).flatten(1)
+def _product(columns: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Columns (n, taps, C) times packed weights (groups, taps * I, O / groups): rows (n, O)."""
+    groups = len(packed)
+    if groups == 1:
+        flat = columns.flatten(1)
+        return flat @ packed[0] if bias is None else torch.addmm(bias, flat, packed[0])
+    out = (_split(columns, groups) @ packed).transpose(0, 1).flatten(1)
+    return out if bias is None else out + bias
+
+
+def _gather_product(rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
+    parts = [_product(columns, packed, bias) for _, _, columns in _chunks(rows, kernel_map)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _GatherProduct(torch.autograd.Function):
-    """rows (n_in, C), packed (groups, taps * I, O / groups) -> rows (n_out, O)."""
+    """rows (n_in, C), packed (groups, taps * I, O / groups), bias (O,) or None -> rows (n_out, O)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, packed: Tensor, kernel_map: KernelMap) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
         ctx.save_for_backward(rows, packed)
         ctx.kernel_map = kernel_map
-        groups = packed.shape[0]
-        out = rows.new_empty(len(kernel_map.table), groups * packed.shape[2])
-        for sites, _, columns in _chunks(rows, kernel_map):
-            out[sites] = _merge(_split(columns, groups) @ packed)
-        return out
+        return _gather_product(rows, packed, bias, kernel_map)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows, packed = ctx.saved_tensors
         groups = packed.shape[0]
         grad_rows = rows.new_zeros(len(rows) + 1, rows.shape[1]) if ctx.needs_input_grad[0] else None
@@ -74,7 +82,8 @@ class _GatherProduct(torch.autograd.Function):
             if grad_rows is not None:
                 back = (out @ packed.transpose(1, 2)).view(groups, *columns.shape[:2], -1)
                 grad_rows.index_add_(0, gather, back.permute(1, 2, 0, 3).reshape(-1, rows.shape[1]))
-        return (None if grad_rows is None else grad_rows[:-1]), grad_packed, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return (None if grad_rows is None else grad_rows[:-1]), grad_packed, grad_bias, None
 
 
 def _chunks(rows: Tensor, kernel_map: KernelMap) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -82,7 +91,7 @@ def _chunks(rows: Tensor, kernel_map: KernelMap) -> Iterator[tuple[slice, Tensor
     padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     count, taps = kernel_map.table.shape
     step = max(1, CHUNK // (taps * rows.shape[1]))
-    for start in range(0, count, step):
+    for start in range(0, max(1, count), step):  # one empty chunk for no sites
         sites = slice(start, min(start + step, count))
         gather = kernel_map.gather[sites.start * taps : sites.stop * taps]
         yield sites, gather, padded.index_select(0, gather).view(-1, taps, rows.shape[1])

@@ -48,8 +48,13 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
     return None
 
 
-def convolve(rows: Tensor, weight: Tensor, groups: int, kernel_map: KernelMap | None) -> Tensor:
+def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:
     assert kernel_map is not None, "a layer of one tap is refused by `unsupported`"
+    out = _convolve(rows, weight, kernel_map)
+    return out if bias is None else out + bias.to(out.dtype)  # its CPU path refuses a bias
+
+
+def _convolve(rows: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
     spconv = load()
     outputs = len(kernel_map.table)
     if outputs == 0 or len(rows) == 0:

@@ -61,22 +61,22 @@ def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
 
 
 @rule(*_functions())
-def arithmetic(func: Any, a: Any, b: Any, **kwargs: Any) -> Features:
-    in_place = _in_place(func)
+def arithmetic(func: Any, input: Any, other: Any = None, **kwargs: Any) -> Features:
+    other = kwargs.pop("exponent", other)
     if kwargs.get("out") is not None:
         raise Leaves("writes to an `out` tensor")
-    if in_place and not isinstance(a, Features):
+    in_place = _in_place(func)
+    if in_place and not isinstance(input, Features):
         raise Leaves("writes into an ordinary tensor")
-    first, full, (left, right) = aligned([a, b])
-    if in_place:
-        if left is not a._value:
-            func = getattr(Tensor, _out_of_place(func))
-        return a.replace(func(left, right, **kwargs), full)
+    first, full, (left, right) = aligned([input, other])
+    if in_place and left is not input._value:
+        left = left.clone()  # neither a view nor rows that others hold
     value = func(left, right, **kwargs)
     if value is NotImplemented:
         return value
-    live = [part._live for part in (a, b) if isinstance(part, Features)]
-    return type(first).make(value, first.selection, first.grid, full=full, live=any(live))
+    if in_place:
+        return input.replace(value, full)
+    return type(first).make(value, first.selection, first.grid, full=full, live=_live([input, other]))
 
 
 def _in_place(func: Any) -> bool:
@@ -84,9 +84,8 @@ def _in_place(func: Any) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _out_of_place(func: Any) -> str:
-    name: str = func.__name__
-    return f"__{name[3:]}" if name.startswith("__i") else name[:-1]
+def _live(parts: list[Any]) -> bool:
+    return any(part._live for part in parts if isinstance(part, Features))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -101,4 +100,4 @@ def cat(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Features:
     if any(tuple(part.shape[2:]) != first.grid or part.shape[0] != first.selection.batch for part in tensors):
         raise Leaves("concatenates maps of different sizes")
     _, full, values = aligned(tensors)
-    return type(first).make(func(values, dim=1), first.selection, first.grid, full=full)
+    return type(first).make(func(values, dim=1), first.selection, first.grid, full=full, live=_live(tensors))

@@ -78,7 +78,9 @@ def set_data(func: Any, *args: Any) -> None:
 
 @rule(Tensor.detach, torch.detach, _Tensor.data.__get__)
 def detach(func: Any, x: Features) -> Features:
-    return x.like(x.value.detach(), live=False)
+    detached = x.like(x.value.detach(), live=False)
+    detached._lent = x._lent  # they share memory, so what is written to a view of one is lost for both
+    return detached
 
 
 @rule(Tensor.contiguous)

@@ -34,6 +34,7 @@ def batch_norm(
     if isinstance(x, SparseFeatures) and not x.full:
         return x.like(func(x.value, running_mean, running_var, weight, bias, True, momentum, eps))
     active = active_rows(x)
+    active = active.to(torch.promote_types(active.dtype, torch.float32))  # as dense statistics of half precision are
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(active.mean(0).to(running_mean), momentum)
@@ -41,7 +42,8 @@ def batch_norm(
     mean, var = active.mean(0), active.var(0, unbiased=False)
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     value = (x.value - mean[:, None, None]) * scale[:, None, None]
-    return x.like(value if bias is None else value + bias[:, None, None])
+    value = value if bias is None else value + bias[:, None, None]
+    return x.like(value.to(x.value.dtype))
 
 
 def active_rows(x: Features) -> Tensor:
@@ -57,3 +59,12 @@ def normalize(func: Any, x: Features, p: float = 2.0, dim: int = 1, eps: float =
     if out is not None or dim not in (1, -3):
         raise Leaves("normalises over another dimension than channels")
     return x.like(func(x.value, p, 1, eps))
+
+
+@rule(torch.batch_norm_stats)
+def synchronised_statistics(func: Any, x: Features, eps: float) -> None:
+    """What `torch.nn.SyncBatchNorm` calls in training across processes."""
+    raise RuntimeError(
+        "SyncBatchNorm across processes would count inactive pixels of guided features in its statistics: use "
+        "torch.nn.BatchNorm2d after the embed stage, or evaluation mode"
+    )

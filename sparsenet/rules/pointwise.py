@@ -27,16 +27,16 @@ def _everywhere(names: str, *places: Any) -> list[Any]:
 
 
 @rule(*_everywhere(_ACTIVATIONS, F), *_everywhere(_FUNCTIONS, torch, Tensor), F.dropout, torch.dropout)
-def pointwise(func: Any, x: Features, *args: Any, **kwargs: Any) -> Features:
-    if not isinstance(x, Features) or any(isinstance(other, Tensor) for other in (*args, *kwargs.values())):
+def pointwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Features:
+    if not isinstance(input, Features) or any(isinstance(other, Tensor) for other in (*args, *kwargs.values())):
         raise Leaves("an argument other than the first is a tensor")
-    before = x.value
+    before = input.value
     value = func(before, *args, **kwargs)
-    return x.replace(value, x.full) if value is before else x.like(value)
+    return input.replace(value, input.full) if value is before else input.like(value)
 
 
 @rule(F.prelu, torch.prelu, Tensor.prelu)
-def prelu(func: Any, x: Features, weight: Tensor) -> Features:
-    if not isinstance(x, Features):
+def prelu(func: Any, input: Features, weight: Tensor) -> Features:
+    if not isinstance(input, Features):
         raise Leaves("its weight is a feature map")
-    return x.like(func(x.value, weight))
+    return input.like(func(input.value, weight))

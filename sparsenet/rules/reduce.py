@@ -23,10 +23,10 @@ from sparsenet.selection import Operation
     torch.amax,
     Tensor.amax,
 )
-def reduce(func: Any, x: Features, *args: Any, **kwargs: Any) -> Any:
+def reduce(func: Any, input: Features, *args: Any, **kwargs: Any) -> Any:
     """Pooling to a fixed output size is per image and makes no level, so it ends the region like a mean does."""
-    if not isinstance(x, Features) or kwargs.get("out") is not None:
+    if not isinstance(input, Features) or kwargs.get("out") is not None:
         raise Leaves("writes to an `out` tensor")
     name = name_of(func)
-    x.selection.report(Operation(name, "reduction", x.grid))
-    return func(x.dense(name), *args, **kwargs)
+    input.selection.report(Operation(name, "reduction", input.grid))
+    return func(input.dense(name), *args, **kwargs)

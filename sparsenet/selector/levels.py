@@ -70,12 +70,7 @@ class LearnedLevels:
         self.octaves = [logits]
         for convolution in down.values():
             self.octaves.append(convolution(self.octaves[-1].sigmoid()))
-        self._logits: dict[Pair, Tensor] = {(logits.shape[2], logits.shape[3]): logits}
-
-    @property
-    def supervised(self) -> list[Pair]:
-        """Sizes whose predicted saliency the pass has used, the entry's always among them."""
-        return list(self._logits)
+        self._logits: dict[Pair, Tensor] = {}
 
     def logits(self, size: Pair) -> Tensor | None:
         """(N, 1, *size), or `None` where nothing is predicted: tiny maps and octaves without a convolution."""

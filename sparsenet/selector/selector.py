@@ -25,6 +25,10 @@ class GivenMask(nn.Module):
         )
 
 
+class SelectorDone(Exception):
+    """Ends a pass that wants nothing after the selector: see `sparsenet.train.selector_only`."""
+
+
 class Selector(nn.Module):
     """`model.selector` of a selective model.
 
@@ -91,13 +95,16 @@ class Selector(nn.Module):
         levels = LearnedLevels(logits, self.down, self.threshold, live, target)
         if supervision is not None:
             supervision.observe(levels, context.frame())
+        if settings.selector_only:
+            raise SelectorDone
         return levels
 
 
 def _downsampler() -> nn.Conv2d:
-    """Probabilities of one octave to the logits of the next. It starts as a pooling: with every tap at 2 and bias -3
-    a cell is on if two of its pixels are, and a background of probability 0.1 stays off."""
+    """Probabilities of one octave to the logits of the next. It starts as a smoothing that keeps open what is open and
+    closed what is closed (probabilities 0.9 and 0.1 give logits 2.9 and -1.5). A steeper start, such as any-pooling,
+    saturates, and its gradient drives the finest map shut before it has learned anything."""
     convolution = nn.Conv2d(1, 1, 3, stride=2, padding=1)
-    nn.init.constant_(convolution.weight, 2.0)
-    nn.init.constant_(convolution.bias, -3.0)  # type: ignore[arg-type]
+    nn.init.constant_(convolution.weight, 0.6)
+    nn.init.constant_(convolution.bias, -2.0)  # type: ignore[arg-type]
     return convolution

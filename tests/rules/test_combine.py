@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,7 +60,7 @@ SHAPES: dict[str, Callable[[int, Pair], tuple[int, ...]]] = {
 
 def numbers(*shape: int) -> Tensor:
     """Away from zero, so that division is harmless."""
-    return torch.randn(*shape, dtype=torch.float64).sign() * (torch.rand(*shape, dtype=torch.float64) + 0.5)
+    return torch.randn(shape, dtype=torch.float64).sign() * (torch.rand(shape, dtype=torch.float64) + 0.5)
 
 
 def image(mask: Tensor) -> Tensor:
@@ -161,9 +161,7 @@ def test_guided_with_guided(storage: str, name: str, mask: Tensor, left_full: bo
 @every_storage
 @pytest.mark.parametrize("name", IN_PLACE)
 @given(mask=strategies.masks(), left_full=st.booleans(), right_full=st.booleans())
-def test_guided_with_guided_in_place(
-    storage: str, name: str, mask: Tensor, left_full: bool, right_full: bool
-) -> None:
+def test_guided_with_guided_in_place(storage: str, name: str, mask: Tensor, left_full: bool, right_full: bool) -> None:
     selection = select(mask, storage)
     x, y = image(mask).requires_grad_(), image(mask).requires_grad_()
     left, right = guide(x * 1, selection, full=left_full), guide(y, selection, full=right_full)
@@ -202,6 +200,7 @@ def test_full_features_keep_their_context_through_arithmetic(storage: str, full:
 
 
 @every_storage
+@example(mask=torch.zeros(1, 1, 1, dtype=torch.bool), kinds=["masked", "tensor"])
 @given(mask=strategies.masks(), kinds=st.lists(st.sampled_from(["full", "masked", "tensor"]), min_size=1, max_size=4))
 def test_concatenation_over_channels(storage: str, mask: Tensor, kinds: list[str]) -> None:
     selection, kinds = select(mask, storage), ["masked", *kinds] if set(kinds) == {"tensor"} else kinds

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import sparsenet
 from sparsenet import backends
 from sparsenet.backends import rows
-from sparsenet.features import Features, SparseFeatures
+from sparsenet.features import Features
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.rules.conv import masked_conv2d
 from sparsenet.sites import INACTIVE, KernelMap, Window
@@ -88,7 +88,11 @@ def assert_precise(result: Features, conv: Conv, module: nn.Conv2d, read: Tensor
 def test_each_single_wrong_tap_is_caught(backend: str, wrong: str) -> None:
     """What the comparisons above would not notice, they would not test."""
     conv = Conv(1, (4, 4), 6, 5, (3, 3), (1, 1), 1, (1, 1), 1, "zeros", True)
-    module, x, mask = conv.module(torch.float32).requires_grad_(False), conv.input(torch.float32), torch.rand(1, 4, 4) < 0.6
+    module, x, mask = (
+        conv.module(torch.float32).requires_grad_(False),
+        conv.input(torch.float32),
+        torch.rand(1, 4, 4) < 0.6,
+    )
     taps = (kernel_map_of(guide(x, select(mask))).table >= 0).nonzero().tolist()
     assert len(taps) > 20
     for site, tap in taps:
@@ -204,7 +208,11 @@ def test_only_the_first_guided_operation_reads_what_the_mask_hides(backend: str,
 
 @every_backend
 def test_fill_is_what_inactive_pixels_leave_with(backend: str) -> None:
-    module, x, mask = nn.Conv2d(2, 3, 3, padding=1).double(), torch.randn(1, 2, 4, 4).double(), torch.rand(1, 4, 4) < 0.5
+    module, x, mask = (
+        nn.Conv2d(2, 3, 3, padding=1).double(),
+        torch.randn(1, 2, 4, 4).double(),
+        torch.rand(1, 4, 4) < 0.5,
+    )
     fill = torch.tensor([1.0, -2.0, 3.0]).double()
     result = masked(module, fill)(guide(x, select(mask, backend)))
     expected = torch.where(mask[:, None], module(keep(x, mask)), fill[:, None, None])

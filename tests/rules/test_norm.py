@@ -74,7 +74,11 @@ def test_training_uses_the_statistics_of_active_pixels(storage: str, case: tuple
 
 @every_storage
 def test_without_running_statistics(storage: str) -> None:
-    norm, x, mask = nn.BatchNorm2d(3, track_running_stats=False).double(), torch.randn(2, 3, 5, 5).double(), torch.rand(2, 5, 5) < 0.4
+    norm, x, mask = (
+        nn.BatchNorm2d(3, track_running_stats=False).double(),
+        torch.randn(2, 3, 5, 5).double(),
+        torch.rand(2, 5, 5) < 0.4,
+    )
     active = x.permute(1, 0, 2, 3)[:, mask]
     for module in (norm.train(), norm.eval()):
         expected = by_hand(x, norm, active.mean(1), active.var(1, unbiased=False))
@@ -111,3 +115,16 @@ def test_normalize_over_space_leaves_the_region(storage: str, dim: int) -> None:
     (operation,) = record.operations
     assert (operation.name, operation.status) == ("F.normalize", "exit")
     assert operation.reason == "normalises over another dimension than channels"
+
+
+@every_storage
+@pytest.mark.parametrize("full", [False, True])
+def test_statistics_of_half_precision_are_in_single(storage: str, full: bool) -> None:
+    """With a mean of 100, squares in bfloat16 would have no digit left for a variance of 1."""
+    mask, x = torch.rand(2, 9, 9) < 0.5, (torch.randn(2, 3, 9, 9) + 100).bfloat16()
+    norm = nn.BatchNorm2d(3)
+    result = norm(guide(x, select(mask, storage), full=full))
+    assert result.dtype == torch.bfloat16
+    active = x.double().permute(1, 0, 2, 3)[:, mask]
+    expected = by_hand(x.double(), norm.double(), active.mean(1), active.var(1, unbiased=False))
+    torch.testing.assert_close(result.dense("the test").double(), keep(expected, mask), rtol=2**-7, atol=2**-7)
