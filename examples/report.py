@@ -22,7 +22,7 @@ class Comparison:
     seeds: list[int]
     dense: list[Evaluation]
     selective: list[Evaluation]
-    milliseconds: dict[str, list[float]]  # "dense" and "selective": per image, one value a repeat
+    milliseconds: dict[int, dict[str, list[float]]]  # batch size -> "dense" and "selective": per image, by repeat
 
     def figures(self) -> dict[str, Any]:
         """All results as JSON values; mAP in percent, means over the seeds unless listed by seed."""
@@ -42,17 +42,27 @@ class Comparison:
         result["gmacs"] = {"dense": round(dense_macs / 1e9, 4), "selective": round(macs / 1e9, 4)}
         result["macs_cut"] = round(100 * (1 - macs / dense_macs), 2)
         result["active"] = round(100 * mean(s.density for s in self.selective), 2)
-        result["ms"] = {name: round(median(values), 3) for name, values in self.milliseconds.items()}
-        rounds = zip(self.milliseconds["dense"], self.milliseconds["selective"], strict=True)
-        result["speedup"] = round(median(dense / selective for dense, selective in rounds), 3)
-        result["ms_by_repeat"] = {name: [round(v, 3) for v in values] for name, values in self.milliseconds.items()}
+        result["speed"] = {f"batch {batch}": _speed(times) for batch, times in self.milliseconds.items()}
         return result
+
+
+def _speed(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and the median of the ratios of neighbouring measurements with their range."""
+    ratios = sorted(dense / selective for dense, selective in zip(times["dense"], times["selective"], strict=True))
+    return {
+        "ms": {name: round(median(values), 3) for name, values in times.items()},
+        "speedup": round(median(ratios), 3),
+        "speedup_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "ms_by_repeat": {name: [round(value, 3) for value in values] for name, values in times.items()},
+    }
 
 
 def markdown(figures: dict[str, Any]) -> str:
     """A table of `Comparison.figures`, a row per detector."""
     low, high = figures["difference_95"]
-    rows = [["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", "ms per image", "speed-up"]]
+    speeds = figures["speed"]
+    columns = [f"{what}, {batch}" for batch in speeds for what in ("ms per image", "speed-up")]
+    rows = [["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", *columns]]
     for name in ("dense", "selective"):
         chosen = name == "selective"
         rows.append(
@@ -63,8 +73,11 @@ def markdown(figures: dict[str, Any]) -> str:
                 f"{figures['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if chosen else "",
                 f"{figures['gmacs'][name]:.3f}" + (f" (−{figures['macs_cut']:.1f} %)" if chosen else ""),
                 f"{figures['active']:.1f} %" if chosen else "100 %",
-                f"{figures['ms'][name]:.1f}",
-                f"{figures['speedup']:.2f}×" if chosen else "",
+                *(
+                    cell
+                    for speed in speeds.values()
+                    for cell in (f"{speed['ms'][name]:.1f}", f"{speed['speedup']:.2f}×" if chosen else "")
+                ),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

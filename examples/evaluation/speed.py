@@ -24,6 +24,7 @@ def fold_batchnorm(model: nn.Module) -> Any:
         layers: Any = list(sequence.named_children())
         for (_, conv), (name, norm) in pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None and norm.running_var is not None
                 conv.weight, conv.bias = fuse_conv_bn_weights(
                     conv.weight,
                     conv.bias,
@@ -37,10 +38,12 @@ def fold_batchnorm(model: nn.Module) -> Any:
     return model
 
 
-def compare_speed(models: dict[str, nn.Module], images: Sequence[Tensor], repeats: int) -> dict[str, list[float]]:
+def compare_speed(
+    models: dict[str, nn.Module], images: Sequence[Tensor], batch: int, repeats: int
+) -> dict[str, list[float]]:
     """Milliseconds per image of each detector, a value for each of `repeats` passes over the images.
 
-    A detector is called with one image at a time, post-processing included, BatchNorm folded. All
+    A detector is called with `batch` images at a time, post-processing included, BatchNorm folded. All
     take turns, each in both memory formats; the one with the lower median is reported.
     """
     variants: dict[tuple[str, str], nn.Module] = {}
@@ -51,8 +54,8 @@ def compare_speed(models: dict[str, nn.Module], images: Sequence[Tensor], repeat
 
     def over_images(model: nn.Module) -> Callable[[], None]:
         def call() -> None:
-            for image in images:
-                model([image])
+            for start in range(0, len(images), batch):
+                model(list(images[start : start + batch]))
             if images[0].is_cuda:
                 torch.cuda.synchronize()
 

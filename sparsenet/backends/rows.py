@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sparsenet.sites import KernelMap
 
@@ -28,9 +29,9 @@ def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, ker
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    outputs, inputs = weight.shape[:2]
-    packed = weight.reshape(groups, outputs // groups, inputs, -1).permute(0, 3, 2, 1)
-    packed = packed.reshape(groups, -1, outputs // groups)  # (groups, taps * I, O / groups)
+    outputs = len(weight)
+    # In the order in which columns are gathered. Of a channels-last weight this is a view: no copy in any pass.
+    packed = weight.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
     if kernel_map is None:
         return _product(rows[:, None], packed, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, packed, bias)):
@@ -46,12 +47,11 @@ def _split(columns: Tensor, groups: int) -> Tensor:
 
 
 def _product(columns: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Columns (n, taps, C) times packed weights (groups, taps * I, O / groups): rows (n, O)."""
+    """Columns (n, taps, C) times packed weights (groups, O / groups, taps * I): rows (n, O)."""
     groups = len(packed)
     if groups == 1:
-        flat = columns.flatten(1)
-        return flat @ packed[0] if bias is None else torch.addmm(bias, flat, packed[0])
-    out = (_split(columns, groups) @ packed).transpose(0, 1).flatten(1)
+        return F.linear(columns.flatten(1), packed[0], bias)
+    out = (_split(columns, groups) @ packed.mT).transpose(0, 1).flatten(1)
     return out if bias is None else out + bias
 
 
@@ -61,7 +61,7 @@ def _gather_product(rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_ma
 
 
 class _GatherProduct(torch.autograd.Function):
-    """rows (n_in, C), packed (groups, taps * I, O / groups), bias (O,) or None -> rows (n_out, O)."""
+    """rows (n_in, C), packed (groups, O / groups, taps * I), bias (O,) or None -> rows (n_out, O)."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
@@ -78,9 +78,9 @@ class _GatherProduct(torch.autograd.Function):
         grad_packed = torch.zeros_like(packed)
         for sites, gather, columns in _chunks(rows, ctx.kernel_map):
             out = _split(grad[sites][:, None], groups)  # (groups, n, O / groups)
-            grad_packed.baddbmm_(_split(columns, groups).transpose(1, 2), out)
+            grad_packed.baddbmm_(out.mT, _split(columns, groups))
             if grad_rows is not None:
-                back = (out @ packed.transpose(1, 2)).view(groups, *columns.shape[:2], -1)
+                back = (out @ packed).view(groups, *columns.shape[:2], rows.shape[1] // groups)
                 grad_rows.index_add_(0, gather, back.permute(1, 2, 0, 3).reshape(-1, rows.shape[1]))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return (None if grad_rows is None else grad_rows[:-1]), grad_packed, grad_bias, None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet import context
 from sparsenet.features import Features, MaskedFeatures, SparseFeatures
-from sparsenet.plan import Plan
 from sparsenet.selection import Levels, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
+
+if TYPE_CHECKING:
+    from sparsenet.plan import Plan
 
 
 class GivenMask(nn.Module):

@@ -24,8 +24,9 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits_voc, "DigitsVOC", lambda: digits_voc_class(train=2, test=2))
     save_checkpoint(ssd300_vgg16_bn(11, width=0.25), tmp_path / "dense.safetensors")
     command = (
-        "ssd_voc.py --checkpoint dense.safetensors --iterations 1 --batch-size 2 --eval-images 2 "
-        "--timed-images 1 --repeats 1 --workers 0 --threads 1 --out out --device cpu"
+        "ssd_voc.py --checkpoint dense.safetensors --selector-iterations 1 --iterations 1 --batch-size 2 "
+        "--eval-images 2 --timed-images 2 --timed-batches 1 2 --repeats 1 --workers 0 --threads 1 "
+        "--out out --device cpu"
     )
     monkeypatch.setattr("sys.argv", command.split())
     ssd_voc.main()
@@ -37,7 +38,8 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     assert result["command"] == f"python examples/{command}"
     assert result["test_images"] == 2
     assert result["gmacs"]["dense"] == pytest.approx(2.10, abs=0.01)
-    assert math.isfinite(result["speedup"])
+    assert set(result["speed"]) == {"batch 1", "batch 2"}
+    assert all(math.isfinite(speed["speedup"]) for speed in result["speed"].values())
     assert (tmp_path / "out" / "result.md").read_text() in capsys.readouterr().out
 
 
@@ -101,12 +103,13 @@ def test_comparison_of_two_seeds():
 
     dense = [Evaluation(found(1))] * 2
     selective = [Evaluation(found(share), 4e9, 10e9, 0.25) for share in (0.5, 1)]
-    figures = Comparison([3, 4], dense, selective, {"dense": [10, 11, 12], "selective": [5, 5, 6]}).figures()
+    times = {"dense": [10.0, 11.0, 12.0], "selective": [5.0, 5.0, 6.0]}
+    figures = Comparison([3, 4], dense, selective, {1: times}).figures()
     assert figures["map_11_point"] == {"dense": 100, "selective": pytest.approx(100 * (6 / 11 + 1) / 2, abs=1e-3)}
     assert figures["difference"] == pytest.approx(-22.727, abs=1e-3)
     low, high = figures["difference_95"]
     assert low < figures["difference"] < high <= 0
-    assert (figures["macs_cut"], figures["active"], figures["speedup"]) == (60, 25, 2)
+    assert (figures["macs_cut"], figures["active"], figures["speed"]["batch 1"]["speedup"]) == (60, 25, 2)
     lines = markdown(figures).splitlines()
     assert lines[2].startswith("| dense     | 100.0 ")
     assert "4.000 (−60.0 %) | 25.0 % | 5.0" in lines[3]

@@ -73,6 +73,19 @@ def test_training_uses_the_statistics_of_active_pixels(storage: str, case: tuple
 
 
 @every_storage
+def test_the_layout_of_a_gradient_does_not_matter(storage: str) -> None:
+    """PyTorch's CPU kernel mistakes (1, C, n, 1) of ambiguous strides: its gradient is then wrong without an error."""
+    mask = torch.rand(2, 5, 5) < 0.4
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    value = normaliser(3, affine=True)(guide(x, select(mask, storage))).value
+    gradient = torch.randn_like(value)
+    layouts = [gradient.contiguous(), gradient.contiguous(memory_format=torch.channels_last), gradient.mT.clone().mT]
+    found = [torch.autograd.grad(value, x, layout, retain_graph=True)[0] for layout in layouts]
+    assert_equal(found[0], found[1])
+    assert_equal(found[0], found[2])
+
+
+@every_storage
 def test_without_running_statistics(storage: str) -> None:
     norm, x, mask = (
         nn.BatchNorm2d(3, track_running_stats=False).double(),
