@@ -54,7 +54,7 @@ DEMO = Preset(
     selector=Schedule(iterations=300, batch_size=16, lr=0.01),
     finetune=Schedule(iterations=110, batch_size=16, lr=0.005),
     mask_warmup=0.2,
-    missed_pixel=4.0,
+    missed_pixel=8.0,
     eval_images=200,
     checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
 )
@@ -254,7 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
         "are active even if not predicted (0.2; with --voc-root 0.0216, five epochs)")
     add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
-        "in the mask's loss: higher loses fewer objects and computes more (4; with --voc-root 1)")
+        "in the mask's loss: higher loses fewer objects and computes more (8; with --voc-root 1)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
     add("--eval-images", type=int,

@@ -268,7 +268,11 @@ def test_spconv_missing(monkeypatch: pytest.MonkeyPatch, selective: nn.Module) -
         (None, TypeError, ("a bool tensor (N, H, W), or a list", "not NoneType")),
         ([[1.0, 2, 3, 4]], TypeError, ("a list with one bool mask (H, W) or box tensor (boxes, 4) per image",)),
         ([torch.ones(1, 4, 4, dtype=torch.bool)], ValueError, ("must be (H, W), not [(1, 4, 4)]",)),
-        ([torch.ones(4, 4, dtype=torch.bool), torch.zeros(0, 4)], TypeError, ("boxes must be numbers, not torch.bool",)),
+        (
+            [torch.ones(4, 4, dtype=torch.bool), torch.zeros(0, 4)],
+            TypeError,
+            ("boxes must be numbers, not torch.bool",),
+        ),
         ([torch.rand(2, 5)], ValueError, ("boxes must be (boxes, 4): x1, y1, x2, y2, not (2, 5)",)),
         ([torch.rand(4)], ValueError, ("(boxes, 4)", "not (4,)")),
         ([torch.tensor([[0.0, 0, float("nan"), 5]])], ValueError, ("boxes of image 0 have NaN",)),

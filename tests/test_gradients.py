@@ -578,7 +578,10 @@ def test_writing_to_a_copy_is_allowed() -> None:
         ("fill_", lambda net, x: x.fill_(1)),
         ("copy_", lambda net, x: x.copy_(torch.ones_like(x.view(x.shape)))),
         ("dropout", lambda net, x: F.dropout2d(x, 0.5, inplace=True)),
-        ("guided features do not take new .data", lambda net, x: setattr(x, "data", torch.ones(2, 6, *HALF, dtype=x.dtype))),
+        (
+            "guided features do not take new .data",
+            lambda net, x: setattr(x, "data", torch.ones(2, 6, *HALF, dtype=x.dtype)),
+        ),
         ("torch.sin", lambda net, x: torch.sin(x, out=x)),
         ("floor_divide_", lambda net, x: x.__ifloordiv__(2)),
     ],

@@ -89,9 +89,7 @@ def test_exits_say_what_left_and_why(operation: object, name: str, reason: str) 
 
 def test_it_prints_as_a_table() -> None:
     lines = str(plan_of(Mixed(), example_inputs=IMAGES)).splitlines()
-    assert lines[0] == (
-        "stage 'stem' = stem, 6 channels at 16x20; 2 guided operations, 1 reductions, 1 exits"
-    )
+    assert lines[0] == ("stage 'stem' = stem, 6 channels at 16x20; 2 guided operations, 1 reductions, 1 exits")
     assert lines[1].split() == ["module", "operation", "size", "status", "MMACs", "reason"]
     assert [line.split() for line in lines[2:-1]] == [
         ["down", "conv2d", "8x10", "guided", "0.1"],
@@ -102,9 +100,7 @@ def test_it_prints_as_a_table() -> None:
     starts = {line.index(word) for line, word in zip(lines[1:-1], ("status", "guided", "guided", "reduction", "exit"))}
     assert len(starts) == 1  # columns stand under their heads
     assert all(line == line.rstrip() for line in lines)
-    assert lines[-1] == (
-        "guided: 0.3 of 0.4 MMACs after the stage (88.2%); the network has 0.5 on the example input"
-    )
+    assert lines[-1] == ("guided: 0.3 of 0.4 MMACs after the stage (88.2%); the network has 0.5 on the example input")
 
 
 def test_poolings_and_strides_resolve_to_module_paths() -> None:

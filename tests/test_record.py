@@ -97,7 +97,10 @@ def test_macs_of_groups_strides_and_points(backend: str) -> None:
     stem = pixels * 3 * 8 * 9
     assert rec.macs == stem + active * (2 * 12 * 15 + 12 * 4) + dense_tail
     assert rec.dense_macs == stem + pixels * (2 * 12 * 15 + 12 * 4) + dense_tail
-    assert rec.dense_macs == 2 * sparsenet.plan(selective(sparsenet.densify(model), "0", example_inputs=IMAGES[:1])).total_macs
+    assert (
+        rec.dense_macs
+        == 2 * sparsenet.plan(selective(sparsenet.densify(model), "0", example_inputs=IMAGES[:1])).total_macs
+    )
 
 
 def test_macs_are_those_of_the_empty_mask_too(net: nn.Module) -> None:
@@ -239,7 +242,9 @@ def test_a_record_of_a_wrapped_model(net: nn.Module) -> None:
 
 
 def test_exits_are_recorded_with_their_reason() -> None:
-    model = selective(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LogSoftmax(1)), "0")
+    model = selective(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LogSoftmax(1)), "0"
+    )
     with sparsenet.record(model) as rec, sparsenet.use_mask(blobs(2, SIZE)):
         model(IMAGES)
     assert [(operation.status, operation.name) for operation in rec.operations] == [

@@ -199,9 +199,7 @@ def through_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save])
 def test_copies_are_whole_and_independent(case: Case, copied: Any) -> None:
     mask = blobs(2, (24, 20))
     expected = run(case.selective, case.images, mask)
