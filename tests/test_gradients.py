@@ -350,7 +350,7 @@ def test_detached_masks_leave_the_selector_alone() -> None:
 
 
 def test_batch_normalisation_in_training_by_hand() -> None:
-    """Mean and variance of the active pixels; the mask takes gradient through what is read, not through who is counted."""
+    """Mean and variance of the active pixels; the mask takes gradient through what is read, not who is counted."""
 
     class Normed(nn.Module):
         def __init__(self) -> None:

@@ -346,7 +346,7 @@ def test_ssd300_vgg16() -> None:
     """All-active head outputs are the original's; under a mask the storages agree. Detections are compared below:
     a random network's scores have ties, which rounding orders."""
     model = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21).eval()
-    for name, module in convolutions(model.head):
+    for _, module in convolutions(model.head):
         nn.init.normal_(module.bias, std=0.5)
     selective = sparsenet.selectify(model, "pool2", selector=GivenMask())
     images = [torch.rand(3, 260, 300)]
