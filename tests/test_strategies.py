@@ -1,4 +1,4 @@
-"""The strategies themselves: what they promise to draw is drawn, and PyTorch takes every geometry."""
+"""The strategies themselves: what they promise to draw is drawn, PyTorch takes every geometry; and `conftest.py`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -126,3 +126,13 @@ def test_every_kind_of_pooling_is_drawn() -> None:
     found = drawn(strategies.poolings())
     missing = [name for name, predicate in POOLINGS.items() if not any(map(predicate, found))]
     assert not missing
+
+
+def test_uninitialised_memory_is_poisoned() -> None:
+    for memory in (torch.empty(3), torch.ones(2).new_empty(3), torch.empty_like(torch.ones(2, 2).double())):
+        assert memory.isnan().all()
+
+
+@given(strategies.sides)
+def test_every_example_meets_the_same_random_numbers(side: int) -> None:
+    assert torch.equal(torch.rand(side), torch.rand(side, generator=torch.Generator().manual_seed(0)))

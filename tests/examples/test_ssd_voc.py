@@ -21,7 +21,8 @@ from storage import save_checkpoint
 
 def test_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(digits_voc, "DigitsVOC", lambda: digits_voc_class(train=2, test=2))
+    small = digits_voc.DigitsVOC(train=2, test=2).generate(tmp_path / "small")
+    monkeypatch.setattr(digits_voc.DigitsVOC, "generate", lambda self, root: small)
     save_checkpoint(ssd300_vgg16_bn(11, width=0.25), tmp_path / "dense.safetensors")
     command = (
         "ssd_voc.py --checkpoint dense.safetensors --selector-iterations 1 --iterations 1 --batch-size 2 "
@@ -41,9 +42,6 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     assert set(result["speed"]) == {"batch 1", "batch 2"}
     assert all(math.isfinite(speed["speedup"]) for speed in result["speed"].values())
     assert (tmp_path / "out" / "result.md").read_text() in capsys.readouterr().out
-
-
-digits_voc_class = digits_voc.DigitsVOC
 
 
 @pytest.mark.parametrize(
