@@ -12,7 +12,7 @@ interrupted run resumes it.
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
 
 import sparsenet
 from data import digits_voc, voc
@@ -41,9 +42,11 @@ class Preset:
     width: float  # factor on all channel counts
     scratch: Schedule  # of the dense detector both start from
     selector: Schedule  # of the selective detector's new branch alone, on the dense detector's frozen features
+    selector_batches: int  # how many batches of these features are made and kept, to be repeated
     finetune: Schedule  # of each of the two
     mask_warmup: float  # share of the fine-tuning in which true boxes are active, predicted or not
     missed_pixel: float  # what a missed pixel counts in the mask's loss against a wasted one; 1 in the paper
+    size_balance: float  # from 0, every missed pixel counts alike (the paper), to 1, every missed object does
     eval_images: int  # 0: all
     checkpoint: Path | None
 
@@ -51,10 +54,12 @@ class Preset:
 DEMO = Preset(
     width=0.25,
     scratch=Schedule(iterations=2140, batch_size=16, lr=0.02),
-    selector=Schedule(iterations=300, batch_size=16, lr=0.01),
-    finetune=Schedule(iterations=110, batch_size=16, lr=0.005),
+    selector=Schedule(iterations=1000, batch_size=16, lr=0.02),
+    selector_batches=120,
+    finetune=Schedule(iterations=100, batch_size=16, lr=0.005),
     mask_warmup=0.2,
-    missed_pixel=8.0,
+    missed_pixel=6.0,
+    size_balance=0.5,
     eval_images=200,
     checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
 )
@@ -65,10 +70,12 @@ PAPER_SCHEDULE = Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0
 PAPER = Preset(
     width=1.0,
     scratch=PAPER_SCHEDULE,
-    selector=Schedule(iterations=2_000, batch_size=32, lr=0.01),
+    selector=Schedule(iterations=2_000, batch_size=32, lr=0.02),
+    selector_batches=40,
     finetune=PAPER_SCHEDULE,
     mask_warmup=0.0216,
     missed_pixel=1.0,
+    size_balance=0.0,
     eval_images=0,
     checkpoint=None,
 )
@@ -106,6 +113,7 @@ def main() -> None:
         "at": args.at,
         "width": args.width,
         "missed_pixel": args.missed_pixel,
+        "size_balance": args.size_balance,
         "selector": asdict(args.selector),
         "finetune": asdict(args.finetune),
         "minutes": round((time.perf_counter() - began) / 60, 1),
@@ -172,55 +180,77 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
     warmup = round(args.mask_warmup * args.finetune.iterations)
 
     def loss(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-        boxes = [target["boxes"] for target in targets]
-        # Masked dense convolutions: with gradients, and most pixels still active, faster than gathered rows.
-        weight = args.missed_pixel
-        direct = sparsenet.train.direct(selective, boxes, warmup=step < warmup, positive_weight=weight)
-        with sparsenet.use_backend("reference"), direct as supervision:
+        with supervised(selective, targets, args, warmup=step < warmup) as supervision:
             losses = selective(images, targets)
         return losses | {"saliency": supervision.loss()}
 
-    train_with(loss, selective, train, args.finetune, f"selective, seed {seed}", seed, args)
+    train_on(loss, selective, train, args.finetune, f"selective, seed {seed}", seed, args)
     for name, model in (("dense", dense), ("selective", selective)):
         path = args.out / f"{name}_seed{seed}.safetensors"
         save_checkpoint(model, path, classes=classes, width=args.width, at=args.at)
     return dense, selective
 
 
+def supervised(selective: nn.Module, targets: list[dict[str, Tensor]], args, warmup: bool = False):
+    """The context in which boxes teach the mask."""
+    boxes = [target["boxes"] for target in targets]
+    return sparsenet.train.direct(
+        selective, boxes, warmup=warmup, positive_weight=args.missed_pixel, size_balance=args.size_balance
+    )
+
+
 def train_selector(selective: Any, train: Dataset, seed: int, args) -> None:
     """The new branch first learns alone where objects are: nothing after it runs, and the detector stays as it is, so
-    that both detectors' own weights are trained for equally many iterations."""
-    selector = selective.selector
-
-    def loss(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-        boxes = [target["boxes"] for target in targets]
-        with sparsenet.train.direct(selective, boxes, positive_weight=args.missed_pixel) as supervision:
-            sparsenet.train.selector_only(selective, images)
-        return {"saliency": supervision.loss()}
-
+    that both detectors' own weights are trained for equally many iterations. The features it reads are kept and
+    repeated: images and the layers before it take five times as long as its own step."""
+    schedule, selector = args.selector, selective.selector
     frozen = [parameter for parameter in selective.parameters() if parameter.requires_grad]
     selective.eval().requires_grad_(False)
     selector.requires_grad_(True)
+
+    def features(start: int) -> Iterator[tuple[list, list[dict[str, Tensor]]]]:
+        kept: list[tuple[list, list[dict[str, Tensor]]]] = []
+        count = min(args.selector_batches, schedule.iterations)
+        made = batches(train, replace(schedule, iterations=count), seed=seed, workers=args.workers)
+        for images, targets in tqdm(made, desc=f"features, seed {seed}", unit="batch"):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+                found = sparsenet.train.stage_features(selective, [image.to(args.device) for image in images])
+            kept.append(([found.to("cpu")], targets))
+        for step in range(start, schedule.iterations):
+            yield kept[step % len(kept)]
+
+    def loss(features: list, targets: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+        with supervised(selective, targets, args) as supervision:
+            sparsenet.train.selector_only(selective, *features)
+        return {"saliency": supervision.loss()}
+
     # Adam, for a fresh branch: after 300 iterations SGD at its best rate is where Adam is after 120.
-    optimizer = torch.optim.AdamW(selector.parameters(), args.selector.lr)
-    train_with(loss, selector, train, args.selector, f"selector, seed {seed}", seed, args, optimizer)
+    optimizer = torch.optim.AdamW(selector.parameters(), schedule.lr, betas=(0.9, 0.99), weight_decay=0.1)
+    train_with(loss, selector, features, schedule, f"selector, seed {seed}", seed, args, optimizer)
     for parameter in frozen:
         parameter.requires_grad_(True)
 
 
 def train_alone(model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, args):
     """Train with the detector's own loss."""
-    return train_with(lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, args)
+    return train_on(lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, args)
 
 
-def train_with(
-    loss, model: Any, train: Dataset, schedule: Schedule, title: str, seed: int, args, optimizer=None
-) -> list[float]:
+def train_on(loss, model: Any, train: Dataset, schedule: Schedule, title: str, seed: int, args) -> list[float]:
+    """Train on shuffled batches of a data set."""
+
+    def shuffled(start: int):
+        return batches(train, schedule, seed=seed, workers=args.workers, start=start)
+
+    return train_with(loss, model, shuffled, schedule, title, seed, args)
+
+
+def train_with(loss, model: Any, data, schedule: Schedule, title: str, seed: int, args, optimizer=None) -> list[float]:
     torch.manual_seed(seed)
     return fit(
         model.to(memory_format=torch.channels_last),  # twice as fast on CPUs as the default format
         loss,
-        lambda start: batches(train, schedule, seed=seed, workers=args.workers, start=start),
+        data,
         schedule,
         optimizer=optimizer,
         title=title,
@@ -245,16 +275,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--dense-only", action="store_true", help="stop after --from-scratch")
     add("--no-imagenet", dest="imagenet", action="store_false",
         help="let --voc-root --from-scratch begin at random, not from ImageNet weights (a download)")
-    add("--iterations", type=int, help="of fine-tuning, each detector (110; with --voc-root 120000)")
+    add("--iterations", type=int, help="of fine-tuning, each detector (100; with --voc-root 120000)")
     add("--selector-iterations", type=int,
-        help="of the selector alone, before fine-tuning (300; with --voc-root 2000)")
+        help="of the selector alone, before fine-tuning (1000; with --voc-root 2000)")
+    add("--selector-batches", type=int, metavar="BATCHES", help="whose features are kept for it, and "
+        "repeated (120; with --voc-root 40, which take 2 GB)")
     add("--scratch-iterations", type=int, help="of --from-scratch (2140; with --voc-root 120000)")
     add("--batch-size", type=int, help="images in an iteration (16; with --voc-root 32)")
     add("--lr", type=float, help="highest learning rate of fine-tuning (0.005; with --voc-root 0.01)")
     add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
         "are active even if not predicted (0.2; with --voc-root 0.0216, five epochs)")
     add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
-        "in the mask's loss: higher loses fewer objects and computes more (8; with --voc-root 1)")
+        "in the mask's loss: higher loses fewer objects and computes more (6; with --voc-root 1)")
+    add("--size-balance", type=float, metavar="POWER", help="0: every missed pixel counts alike, as in "
+        "the paper; 1: every missed object does (0.5; with --voc-root 0)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
     add("--eval-images", type=int,
@@ -273,7 +307,8 @@ def parse_arguments() -> argparse.Namespace:
 # fmt: on
 
     preset = PAPER if args.voc_root else DEMO
-    for name in ("width", "mask_warmup", "missed_pixel", "eval_images", "checkpoint"):
+    names = "width selector_batches mask_warmup missed_pixel size_balance eval_images checkpoint"
+    for name in names.split():
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
     if args.amp is None:

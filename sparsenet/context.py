@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Settings:
     regions: Regions | None = None
     backend: str | None = None
     supervision: DirectSupervision | None = None
-    selector_only: bool = False
+    stop_at: Literal["stage", "selector"] | None = None
     observers: tuple[Observer, ...] = ()
 
 

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,13 +181,13 @@ class Features(torch.Tensor):
     def _masked(self) -> Tensor:
         raise NotImplementedError
 
+    def _filled(self, fill: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def dense(self, reader: str) -> Tensor:
         """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read."""
         self.note_reading(reader)
-        dense = self._masked()
-        if self.fill is not None and self.gate is None:
-            return torch.where(self.selection.mask(self.grid), dense, self.fill[:, None, None].to(dense))
-        return dense
+        return self._masked() if self.fill is None or self.gate is not None else self._filled(self.fill)
 
     def note_reading(self, reader: str) -> None:
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
@@ -267,6 +269,9 @@ class MaskedFeatures(Features):
             self._read = (recording, masked)
         return self._read[1]
 
+    def _filled(self, fill: Tensor) -> Tensor:
+        return torch.where(self.selection.mask(self.grid), self.value, fill[:, None, None].to(self.value))
+
     def read(self, reader: str) -> Tensor:
         """What `reader`, an operation over space, sees: everything of full features, zeros at inactive pixels else."""
         if self.full:
@@ -290,6 +295,19 @@ class SparseFeatures(Features):
         """The rows (n, C) of `sites`."""
         return as_rows(self.value)
 
+    def surrounded(self, outside: float = 0.0) -> Tensor:
+        """The rows, and beneath them what a kernel map points to where there is none: zeros for inactive pixels and
+        `outside` for places outside the image, (n + 2, C)."""
+        rows, recording = self.rows, torch.is_grad_enabled()
+        if outside:
+            rows = F.pad(rows, (0, 0, 0, 2))
+            rows[-1] = outside
+            return rows
+        if self._read is None or self._read[0] != recording:  # made once for all that read these features
+            with kept_from_checkpoints():
+                self._read = (recording, F.pad(rows, (0, 0, 0, 2)))
+        return self._read[1]
+
     def restricted(self) -> Tensor:
         if not self.full:
             return self.value
@@ -311,10 +329,13 @@ class SparseFeatures(Features):
         return self.rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
 
     def _masked(self) -> Tensor:
+        return self._filled(self._value.new_zeros(()))
+
+    def _filled(self, fill: Tensor) -> Tensor:
         rows = as_rows(self.restricted())
         batch, (height, width) = self.selection.batch, self.grid
-        dense = rows.new_zeros(batch * height * width, rows.shape[1])
-        dense = dense.index_copy(0, self.selection.sites(self.grid).index, rows)
+        dense = fill.to(rows).expand(batch * height * width, rows.shape[1]).clone(memory_format=torch.contiguous_format)
+        dense.index_copy_(0, self.selection.sites(self.grid).index, rows)
         return dense.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -349,7 +370,9 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
             `selectify(strict=True)`.
     """
     name = name_of(func)
-    leaving = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Features)]
+    nested = any(isinstance(argument, tuple | list | dict) for argument in (*args, *kwargs.values()))
+    leaves = tree_leaves((args, kwargs)) if nested else [*args, *kwargs.values()]
+    leaving = [leaf for leaf in leaves if isinstance(leaf, Features)]
     if _writes_to_features(func, args, kwargs):
         raise RuntimeError(_in_place_message(name))
     selection, grid = leaving[0].selection, leaving[0].grid
@@ -359,8 +382,14 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
             "stage, or use strict=False to let it run dense"
         )
     selection.report(Operation(name, "exit", grid, reason=reason))
+    dense = {id(features): features.dense(name) for features in leaving}
+    if func is Tensor.view and args[0] is leaving[0]:
+        with suppress(RuntimeError):  # detection heads split the channels, which needs no copy in any memory format
+            view = func(dense[id(leaving[0])], *args[1:], **kwargs)
+            _lend(leaving[0], dense[id(leaving[0])], view)
+            return view
     # Contiguous, as the wrappers' own strides say: `x.view(len(x), -1)` would refuse the rows' order.
-    dense = {id(features): features.dense(name).contiguous() for features in leaving}
+    dense = {key: tensor.contiguous() for key, tensor in dense.items()}
     args, kwargs = tree_map_only(Features, lambda features: dense[id(features)], (args, kwargs))
     result = func(*args, **kwargs)
     for features in leaving:
@@ -376,7 +405,8 @@ def _lend(features: Features, dense: Tensor, result: Any) -> None:
     if dense.is_inference():
         return
     memory = dense.untyped_storage().data_ptr()
-    if any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in tree_leaves(result)):
+    results = [result] if isinstance(result, Tensor) else tree_leaves(result)
+    if any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in results):
         features._lent.append((dense, dense._version))
 
 
@@ -416,18 +446,25 @@ _WRITING = {*(f"__i{name}__" for name in _OPERATORS), "__setitem__", "__set__", 
 
 
 def _writes_to_features(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if any(isinstance(leaf, Features) for leaf in tree_leaves(kwargs.get("out"))):
+    if kwargs.get("out") is not None and any(isinstance(leaf, Features) for leaf in tree_leaves(kwargs["out"])):
         return True
     if not args or not isinstance(args[0], Features):
         return False
     name = getattr(func, "__name__", "")
     if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
         return True
+    position = _inplace_argument(func)
+    return bool(kwargs.get("inplace") or (position is not None and len(args) > position and args[position]))
+
+
+@cache
+def _inplace_argument(func: Any) -> int | None:
+    """The position of a function's argument `inplace`, if it has one. A builtin has no signature: its name tells."""
     try:
-        bound = inspect.signature(func).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # a builtin without a signature: its name tells
-        return bool(kwargs.get("inplace"))
-    return bool(bound.arguments.get("inplace"))
+        parameters = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _in_place_message(name: str) -> str:

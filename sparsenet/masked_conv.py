@@ -57,7 +57,3 @@ class MaskedConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, masked at {self.size[0]}x{self.size[1]}, backend={self.backend}"
-
-
-def guided_convolutions(model: nn.Module) -> list[MaskedConv2d]:
-    return [module for module in model.modules() if isinstance(module, MaskedConv2d)]

@@ -129,20 +129,25 @@ def any_pool(mask: Tensor, size: Pair) -> Tensor:
 
 
 def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:
-    """Cells that boxes, grown by one stride on each side, touch: bool (N, *size).
+    """Cells that boxes, grown by one stride on each side, touch, by the area of the smallest such box in cells; 0 where
+    there is none: int32 (N, *size).
 
-    Columns ⌊(x1 - s) / s⌋ … ⌈(x2 + s) / s⌉ - 1, clipped, and rows alike: the target mask of direct supervision
-    (SCN, section on direct supervision: "expand one stride").
+    Columns ⌊(x1 - s) / s⌋ … ⌈(x2 + s) / s⌉ - 1, clipped, and rows alike: where this is not 0 is the target mask of
+    direct supervision (SCN, section on direct supervision: "expand one stride").
 
     Args:
         boxes: float (boxes, 4) for each image, in pixels of the network's input.
         stride: pixels of the input per cell, (vertical, horizontal).
     """
-    cells = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes[0].device if boxes else None)
+    cells = torch.zeros(len(boxes), *size, dtype=torch.int32, device=boxes[0].device if boxes else None)
     for image, part in zip(cells, boxes, strict=True):
-        step = part.new_tensor([stride[1], stride[0]])
-        low = ((part[:, :2] - step) / step).floor().clamp(min=0).long().tolist()
-        high = ((part[:, 2:] + step) / step).ceil().clamp(min=0).long().tolist()
-        for (left, top), (right, bottom) in zip(low, high, strict=True):
-            image[top:bottom, left:right] = True
+        step, limit = part.new_tensor([stride[1], stride[0]]), part.new_tensor([size[1], size[0]])
+        low = ((part[:, :2] - step) / step).floor().clamp(min=0).minimum(limit).long().tolist()
+        high = ((part[:, 2:] + step) / step).ceil().minimum(limit).clamp(min=0).long().tolist()
+        spans = [
+            ((right - left) * (bottom - top), left, top, right, bottom)
+            for (left, top), (right, bottom) in zip(low, high, strict=True)
+        ]
+        for area, left, top, right, bottom in sorted(spans, reverse=True):  # so that the smallest comes last
+            image[top:bottom, left:right] = area
     return cells

@@ -1,8 +1,9 @@
 """Active sites of one resolution, and kernel maps between two: pure index arithmetic, no features.
 
 A site is one pixel of one image in a batch. Sites are numbered row by row, image after image, and a kernel
-map tells for each output site and kernel tap where the tap reads: a row, an inactive pixel (`INACTIVE`,
-value 0) or a place outside the image (`OUTSIDE`, whose value is the operation's own padding).
+map tells for each output site and kernel tap where the tap reads: one of the n rows, an inactive pixel (n, value 0)
+or a place outside the image (n + 1, whose value is the operation's own padding). With two rows of that kind beneath
+the features, a table is ready to gather by.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-
-INACTIVE = -1
-OUTSIDE = -2
+from torch.nn import functional as F
 
 Pair = tuple[int, int]
 
@@ -49,11 +48,13 @@ class ActiveSites:
     def __init__(self, mask: Tensor):
         self.mask = mask
 
-    @classmethod
-    def all(cls, batch: int, size: Pair, device: torch.device) -> ActiveSites:
+    @staticmethod
+    @lru_cache(maxsize=64)
+    @torch.inference_mode(False)
+    def all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
-        sites = cls(torch.ones(batch, *size, dtype=torch.bool, device=device))
-        sites.index = torch.arange(batch * size[0] * size[1], device=device)
+        sites = ActiveSites(torch.ones(batch, *size, dtype=torch.bool, device=device))
+        _ = sites.index, sites.rank  # computed now, outside of inference mode, because they outlive the pass
         return sites
 
     @property
@@ -74,49 +75,45 @@ class ActiveSites:
         return self.index // (self.size[0] * self.size[1])
 
     @cached_property
-    def line(self) -> Tensor:
-        """Vertical place of each site in its image: int64 (n,)."""
-        return self.index // self.size[1] % self.size[0]
-
-    @cached_property
-    def column(self) -> Tensor:
-        """Horizontal place of each site in its image: int64 (n,)."""
-        return self.index % self.size[1]
+    def pixel(self) -> Tensor:
+        """Position of each site in its own image, flattened (H, W): int64 (n,)."""
+        return self.index if len(self.mask) == 1 else self.index % (self.size[0] * self.size[1])
 
     @cached_property
     def rank(self) -> Tensor:
-        """The row of each pixel, or `INACTIVE`; one line and one column more than the map answer `OUTSIDE`:
-        int32 (N, H + 1, W + 1)."""
-        batch, height, width = self.mask.shape
-        rank = torch.full((batch, height + 1, width + 1), OUTSIDE, dtype=torch.int32, device=self.mask.device)
-        inside = torch.cumsum(self.mask.flatten(), 0, dtype=torch.int32) - 1
-        rank[:, :height, :width] = torch.where(self.mask, inside.view(self.mask.shape), INACTIVE)
+        """The row of each pixel, or n where it is inactive; one line and one column more than the map hold n + 1, for
+        what is outside: int32 (N, H + 1, W + 1)."""
+        count, (batch, height, width) = len(self), self.mask.shape
+        rank = _outside(batch, (height, width), self.mask.device) + count
+        places = self.read_at(Window((1, 1)), self)
+        rank.view(-1).index_copy_(0, places.view(-1), torch.arange(count, dtype=torch.int32, device=rank.device))
         return rank
+
+    def read_at(self, window: Window, target: ActiveSites) -> Tensor:
+        """Where in the flattened `rank` each tap of each of the target's sites reads: int64 (n_out, taps)."""
+        height, width = self.size
+        place = _places((height, width), target.size, window, target.mask.device).index_select(0, target.pixel)
+        return place if len(self.mask) == 1 else place + (target.image * ((height + 1) * (width + 1)))[:, None]
 
 
 class KernelMap:
-    """Where each tap of each output site reads: `table`, int32 (n_out, taps), and what follows from it."""
+    """Where each tap of each output site reads, and what follows from it.
+
+    Attributes:
+        table: int32 (n_out, taps): a row below `inputs`, `inputs` for an inactive pixel, `inputs + 1` for a place
+            outside the image.
+        inputs: how many rows there are.
+    """
 
     def __init__(self, table: Tensor, inputs: int):
         self.table = table
         self.inputs = inputs
 
     @cached_property
-    def gather(self) -> Tensor:
-        """`table` flattened, with everything that is no row sent to one appended row of zeros: row `inputs`."""
-        return torch.where(self.table < 0, self.inputs, self.table).flatten()
-
-    @cached_property
-    def gather_padded(self) -> Tensor:
-        """Like `gather`, but places outside the image go to a second appended row: row `inputs + 1`."""
-        outside = (self.table == OUTSIDE).flatten()
-        return torch.where(outside, self.inputs + 1, self.gather)
-
-    @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The map by taps, as spconv wants it: int32 (2, taps, most) of (input row, output row) padded with -1,
         and int32 (taps,), how many pairs each tap has."""
-        found = (self.table >= 0).T  # (taps, n_out)
+        found = (self.table < self.inputs).T  # (taps, n_out)
         counts = found.sum(1, dtype=torch.int32)
         tap, output = found.nonzero(as_tuple=True)
         first = torch.cumsum(counts, 0) - counts
@@ -130,26 +127,32 @@ class KernelMap:
 def kernel_map(source: ActiveSites, window: Window, target: ActiveSites) -> KernelMap:
     """The kernel map of `window` from the sites it reads to the sites it must produce.
 
-    There is no hash table: a tap's place is arithmetic on the output site's coordinates, and its row a look-up
-    in the rank image.
+    There is no hash table: a tap's place is a function of the output site's coordinates, and its row a look-up in the
+    rank image. Both are looked up, for a narrow network spent a tenth of its time on such small index arithmetic.
     """
-    (height, width), (out_height, out_width) = source.size, target.size
-    lines = _axis(height, out_height, window, 0, source.rank.device)
-    columns = _axis(width, out_width, window, 1, source.rank.device)
-    line = lines[target.line] + (target.image * (height + 1))[:, None]  # (n_out, kernel height)
-    column = columns[target.column]  # (n_out, kernel width)
-    place = (line * (width + 1))[:, :, None] + column[:, None, :]
-    return KernelMap(source.rank.view(-1)[place.flatten(1)], len(source))
+    place = source.read_at(window, target)
+    return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _axis(length: int, out_length: int, window: Window, axis: int, device: torch.device) -> Tensor:
-    """Input coordinate of every (output coordinate, tap) along one axis, `length` standing for outside: (out, taps).
+def _outside(batch: int, size: Pair, device: torch.device) -> Tensor:
+    """1 in the line and column that a rank image has more than its map, 0 elsewhere: int32 (N, H + 1, W + 1)."""
+    return F.pad(torch.zeros(batch, *size, dtype=torch.int32, device=device), (0, 1, 0, 1), value=1)
 
-    Small, a function of the geometry alone, and made of a dozen tiny operations: computing it in every pass took a
-    tenth of a narrow network's time.
-    """
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _places(size: Pair, out_size: Pair, window: Window, device: torch.device) -> Tensor:
+    """Where in one image's flattened rank image each tap of every output pixel reads: int64 (H_out * W_out, taps)."""
+    lines = _axis(size[0], out_size[0], window, 0, device)
+    columns = _axis(size[1], out_size[1], window, 1, device)
+    places = (lines * (size[1] + 1))[:, None, :, None] + columns[None, :, None, :]
+    return places.reshape(out_size[0] * out_size[1], window.taps)
+
+
+def _axis(length: int, out_length: int, window: Window, axis: int, device: torch.device) -> Tensor:
+    """Input coordinate of every (output coordinate, tap) along one axis, `length` standing for outside: (out, taps)."""
     start = torch.arange(out_length, device=device) * window.stride[axis] - window.padding[axis]
     taps = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
     place = start[:, None] + taps

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from sparsenet import backends, context
 from sparsenet.hooks import BeginHook, EndHook, StageHook
-from sparsenet.masked_conv import MaskedConv2d, guided_convolutions
+from sparsenet.masked_conv import MaskedConv2d
+from sparsenet.masked_norm import MaskedSyncBatchNorm
 from sparsenet.plan import Plan, Step
 from sparsenet.record import Record, observing, selector_of
 from sparsenet.regions import Everywhere
@@ -80,7 +81,7 @@ def selectify(
             return call(model, inputs)
 
     stage = resolve(model, at, adapter.aliases(model), run)
-    plan = _dry_run(model, at, stage, run)
+    plan = _dry_run(model, at, stage, run, backend)
     if not any(step.operation.name == "conv2d" for step in plan.steps):
         exits = "; ".join(f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits)
         raise ValueError(
@@ -103,6 +104,9 @@ def selectify(
         if step.operation.name == "conv2d" and type(module) is nn.Conv2d:
             fill = fills.get(step.path)
             MaskedConv2d.guide(module, step.path, step.operation.size, None if fill is None else fill.to(module.weight))
+    for module in modules.values():
+        if type(module) is nn.SyncBatchNorm:
+            MaskedSyncBatchNorm.guide(module)
     _attach(model, modules[stage], branch)
     model.selector = branch
     adapter.attach(model)
@@ -124,8 +128,8 @@ def densify(model: nn.Module) -> nn.Module:
             for key, hook in list(hooks.items()):
                 if isinstance(hook, StageHook | BeginHook | EndHook) and hook.selector is selector:
                     _remove_hook(module, key)
-    for convolution in guided_convolutions(model):
-        convolution.release()
+        if isinstance(module, MaskedConv2d | MaskedSyncBatchNorm):
+            module.release()
     del model.selector
     return model
 
@@ -143,9 +147,10 @@ def plan(model: nn.Module) -> Plan:
 # -- the dry run -----------------------------------------------------------------------------------------------
 
 
-def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> Plan:
+def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], backend: str) -> Plan:
     """Run the model once with every pixel active behind `stage`, and write down what happens. Leaves no trace."""
     probe = _Probe(Selector(nn.Identity(), 0))
+    rows_backend = "rows" if backend in ("auto", "reference") else backend  # whose falls back, the plan names
     module = model.get_submodule(stage)
     outputs: list[Tensor] = []
 
@@ -163,7 +168,7 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any]) -> P
             part.register_forward_hook(lambda *_: (probe.path.pop(), None)[1], always_call=True),
         ]
     try:
-        with context.setting(regions=Everywhere(), backend="rows", supervision=None), observing(probe):
+        with context.setting(regions=Everywhere(), backend=rows_backend, supervision=None), observing(probe):
             run()
     finally:
         for handle in handles:

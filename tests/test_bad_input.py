@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -408,11 +409,24 @@ def test_direct_supervision_of_another_batch() -> None:
         sparsenet.train.direct(model, [torch.zeros(0, 4), torch.full((1, 4), torch.nan)]),
     ):
         pass
+    for weights in ({"positive_weight": 0.0}, {"positive_weight": math.nan}, {"size_balance": -1.0}):
+        with (
+            raises(ValueError, model, "positive_weight must be > 0 and size_balance >= 0"),
+            sparsenet.train.direct(model, [torch.zeros(0, 4)] * 2, **weights),
+        ):
+            pass
     with (
         raises(ValueError, model, "direct supervision needs the sizes", "call the selective model whole"),
         sparsenet.train.direct(model, [torch.zeros(0, 4)] * 2),
     ):
         model.stem(IMAGES)
+
+
+def test_features_of_a_stage_that_does_not_run() -> None:
+    model = sparsenet.selectify(SmallNet(), "stem", selector=nn.Conv2d(6, 1, 1), example_inputs=IMAGES)
+    model.forward = lambda images: images
+    with raises(RuntimeError, model, "the stage did not run"):
+        sparsenet.train.stage_features(model, IMAGES)
 
 
 def test_direct_loss_without_a_pass() -> None:

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.sites import INACTIVE, OUTSIDE, ActiveSites, KernelMap, Window, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Window, kernel_map
 from tests import strategies
 from tests.strategies import Conv
 
 
 def ranks(mask: Tensor) -> Tensor:
-    """The row of each pixel, counted one by one."""
-    rank, row = torch.full(mask.shape, float(INACTIVE)), 0
+    """The row of each pixel, counted one by one; how many there are where it is inactive."""
+    rank, row = torch.full(mask.shape, float(mask.sum())), 0
     for place in [(n, y, x) for n, y, x in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist()]:
         if mask[place]:
             rank[place] = row
@@ -24,12 +24,13 @@ def ranks(mask: Tensor) -> Tensor:
     return rank
 
 
-def read_by_loops(rank: Tensor, target: Tensor, conv: Conv) -> list[list[int]]:
-    """What each tap of each output site reads: `rank` padded as PyTorch pads a map for this convolution."""
+def read_by_loops(source: Tensor, target: Tensor, conv: Conv) -> list[list[int]]:
+    """What each tap of each output site reads: ranks padded as PyTorch pads a map for this convolution."""
+    rank, outside = ranks(source), float(source.sum()) + 1
     (top, bottom), (left, right) = conv.pads
     padding: dict[str, Any] = {"mode": conv.padding_mode}
     if conv.padding_mode == "zeros":
-        padding = {"value": float(OUTSIDE)}
+        padding = {"value": outside}
     padded = F.pad(rank[:, None], (left, right, top, bottom), **padding)[:, 0].int().tolist()
     return [
         [
@@ -57,7 +58,7 @@ def problems(draw: st.DrawFn) -> tuple[Conv, Tensor, Tensor]:
 def test_a_tap_finds_its_row_an_inactive_pixel_or_the_outside(problem: tuple[Conv, Tensor, Tensor]) -> None:
     conv, source, target = problem
     found = kernel_map(ActiveSites(source), window(conv), ActiveSites(target))
-    expected = read_by_loops(ranks(source), target, conv)
+    expected = read_by_loops(source, target, conv)
     assert found.inputs == int(source.sum())
     assert found.table.dtype == torch.int32
     assert found.table.tolist() == expected
@@ -68,8 +69,8 @@ def test_a_full_map_has_no_inactive_pixel(problem: tuple[Conv, Tensor, Tensor]) 
     conv, source, target = problem
     everywhere = ActiveSites.all(len(source), conv.size, source.device)
     found = kernel_map(everywhere, window(conv), ActiveSites(target))
-    assert found.table.tolist() == read_by_loops(ranks(torch.ones_like(source)), target, conv)
-    assert not (found.table == INACTIVE).any()
+    assert found.table.tolist() == read_by_loops(torch.ones_like(source), target, conv)
+    assert not (found.table == found.inputs).any()
 
 
 @given(strategies.masks())
@@ -80,27 +81,24 @@ def test_sites_are_numbered_row_by_row_and_image_after_image(mask: Tensor) -> No
     assert sites.size == mask.shape[1:]
     assert sites.image.tolist() == images.tolist()
     assert sites.index.tolist() == ((images * mask.shape[1] + lines) * mask.shape[2] + columns).tolist()
-    assert (sites.line.tolist(), sites.column.tolist()) == (lines.tolist(), columns.tolist())
-    surrounded = F.pad(ranks(mask), (0, 1, 0, 1), value=OUTSIDE)
+    assert sites.pixel.tolist() == (lines * mask.shape[2] + columns).tolist()
+    surrounded = F.pad(ranks(mask), (0, 1, 0, 1), value=float(mask.sum()) + 1)
     assert sites.rank.tolist() == surrounded.int().tolist()
 
 
 def test_all_sites_are_those_of_a_full_mask() -> None:
     everywhere, full = ActiveSites.all(2, (3, 4), torch.device("cpu")), ActiveSites(torch.ones(2, 3, 4).bool())
-    for name in ("mask", "index", "image", "line", "column", "rank"):
+    for name in ("mask", "index", "image", "pixel", "rank"):
         assert torch.equal(getattr(everywhere, name), getattr(full, name))
     assert len(everywhere) == 24
 
 
-@given(st.lists(st.lists(st.integers(-2, 4), min_size=3, max_size=3), max_size=6))
-def test_what_follows_from_a_table(table: list[list[int]]) -> None:
+@given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), max_size=6))
+def test_a_table_by_taps(table: list[list[int]]) -> None:
     found = KernelMap(torch.tensor(table, dtype=torch.int32).view(-1, 3), inputs=5)
-    flat = [row for taps in table for row in taps]
-    assert found.gather.tolist() == [row if row >= 0 else 5 for row in flat]
-    assert found.gather_padded.tolist() == [row if row >= 0 else 5 if row == INACTIVE else 6 for row in flat]
     pairs, counts = found.pairs
     for tap in range(3):
-        expected = [(taps[tap], output) for output, taps in enumerate(table) if taps[tap] >= 0]
+        expected = [(taps[tap], output) for output, taps in enumerate(table) if taps[tap] < 5]
         assert counts[tap] == len(expected)
         assert list(zip(*pairs[:, tap, : len(expected)].tolist(), strict=True)) == expected
         assert (pairs[:, tap, len(expected) :] == -1).all()

@@ -3,8 +3,9 @@
 A backend is a module with two functions:
 
 - `unsupported(weight, groups) -> str | None`: the reason why it cannot compute a layer, or `None`;
-- `convolve(rows, weight, groups, kernel_map) -> Tensor`: rows (n_in, C) and weight (O, C / groups, kh, kw)
-  to rows (n_out, O), without bias; `kernel_map` is `None` where each site reads only itself.
+- `convolve(rows, weight, bias, groups, kernel_map) -> Tensor`: rows and weight (O, C / groups, kh, kw) to rows
+  (n_out, O). The rows are (n_in + 2, C), the last two zero, for taps that find no row; where each site reads only
+  itself they are (n_out, C) and `kernel_map` is `None`.
 
 `"reference"` is no backend of rows: it asks for the masked dense storage, the slow and obvious meaning that
 every backend is tested against.
@@ -42,6 +43,6 @@ def choose(name: str, weight: Tensor, groups: int) -> tuple[str, str | None]:
 def convolve(
     name: str, rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None
 ) -> Tensor:
-    """Masked convolution of rows (n_in, C) to rows (n_out, O) by the backend `name`, as `choose` gave it."""
+    """Masked convolution of rows to rows (n_out, O) by the backend `name`, as `choose` gave it."""
     out: Tensor = BACKENDS[name].convolve(rows, weight, bias, groups, kernel_map)
     return out

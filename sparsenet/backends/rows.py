@@ -61,7 +61,7 @@ def _gather_product(rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_ma
 
 
 class _GatherProduct(torch.autograd.Function):
-    """rows (n_in, C), packed (groups, O / groups, taps * I), bias (O,) or None -> rows (n_out, O)."""
+    """rows (n_in + 2, C), packed (groups, O / groups, taps * I), bias (O,) or None -> rows (n_out, O)."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, packed: Tensor, bias: Tensor | None, kernel_map: KernelMap) -> Tensor:
@@ -74,7 +74,7 @@ class _GatherProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows, packed = ctx.saved_tensors
         groups = packed.shape[0]
-        grad_rows = rows.new_zeros(len(rows) + 1, rows.shape[1]) if ctx.needs_input_grad[0] else None
+        grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         grad_packed = torch.zeros_like(packed)
         for sites, gather, columns in _chunks(rows, ctx.kernel_map):
             out = _split(grad[sites][:, None], groups)  # (groups, n, O / groups)
@@ -83,15 +83,15 @@ class _GatherProduct(torch.autograd.Function):
                 back = (out @ packed).view(groups, *columns.shape[:2], rows.shape[1] // groups)
                 grad_rows.index_add_(0, gather, back.permute(1, 2, 0, 3).reshape(-1, rows.shape[1]))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        return (None if grad_rows is None else grad_rows[:-1]), grad_packed, grad_bias, None
+        return grad_rows, grad_packed, grad_bias, None
 
 
 def _chunks(rows: Tensor, kernel_map: KernelMap) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Output sites chunk by chunk: which, the rows their taps read, and these rows' features (n, taps, C)."""
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     count, taps = kernel_map.table.shape
+    reads = kernel_map.table.view(-1)
     step = max(1, CHUNK // (taps * rows.shape[1]))
     for start in range(0, max(1, count), step):  # one empty chunk for no sites
         sites = slice(start, min(start + step, count))
-        gather = kernel_map.gather[sites.start * taps : sites.stop * taps]
-        yield sites, gather, padded.index_select(0, gather).view(-1, taps, rows.shape[1])
+        gather = reads[sites.start * taps : sites.stop * taps]
+        yield sites, gather, rows.index_select(0, gather).view(-1, taps, rows.shape[1])

@@ -50,7 +50,7 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:
     assert kernel_map is not None, "a layer of one tap is refused by `unsupported`"
-    out = _convolve(rows, weight, kernel_map)
+    out = _convolve(rows[:-2], weight, kernel_map)
     return out if bias is None else out + bias.to(out.dtype)  # its CPU path refuses a bias
 
 
@@ -73,7 +73,7 @@ def _convolve(rows: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
 def _implicit_gemm(spconv: SimpleNamespace, rows: Tensor, filters: Tensor, kernel_map: KernelMap) -> Tensor:
     """The CUDA path: input row by (tap, output row), a bit for each tap that finds a row, and the output rows in
     the order of these bits, so that rows of like pattern share a tile."""
-    found = kernel_map.table >= 0
+    found = kernel_map.table < kernel_map.inputs
     bits = (found.long() << torch.arange(found.shape[1], device=found.device)).sum(1)
     bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
     pairs = torch.where(found, kernel_map.table, -1).T.contiguous()

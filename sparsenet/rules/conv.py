@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,56 +64,76 @@ def masked_conv2d(
         backend: the layer's own choice; `use_backend` goes before it, the selection's comes after.
         fill: what the result holds at inactive pixels when it leaves the region, (O,).
     """
-    kernel, stride, dilation = pair(weight.shape[2:]), pair(stride), pair(dilation)
-    (top, bottom), (left, right) = pads = _pads(padding, kernel, dilation)
-    window = Window(kernel, stride, (top, left), dilation, padding_mode)
-    out_grid = tuple(
-        (size + sum(pad) - step * (taps - 1) - 1) // by + 1
-        for size, pad, step, taps, by in zip(x.grid, pads, dilation, kernel, stride, strict=True)
+    window, pads, out_grid = _geometry(
+        x.grid,
+        pair(weight.shape[2:]),
+        pair(stride),
+        padding if isinstance(padding, str) else pair(padding),
+        pair(dilation),
+        padding_mode,
     )
-    height, width = out_grid
-    if height < 1 or width < 1:
-        raise RuntimeError(f"the kernel {kernel} with dilation {dilation} is larger than the padded map {x.grid}")
-    narrower = {"reflect": 1, "circular": 0}.get(padding_mode)  # than the map, by how much padding must be
-    if narrower is not None and any(max(pad) > size - narrower for size, pad in zip(x.grid, pads, strict=True)):
-        raise RuntimeError(f"{padding_mode} padding of {pads} is too wide for the map {x.grid}")
     selection = x.selection
-    macs_per_site = weight.shape[1] * weight.shape[0] * window.taps
-    name, reason = "reference", None
+    if not selection.observers:
+        return _convolve(x, weight, bias, groups, window, pads, out_grid, backend, fill)[0]
     with ExitStack() as uncounted:
         for observer in selection.observers:
             uncounted.enter_context(observer.uncounted())
-        if isinstance(x, SparseFeatures):
-            asked = selection.backend if backend == "auto" else backend
-            name, reason = backends.choose(asked, weight, groups)
-            if window.pointwise:
-                kernel_map, rows = None, as_rows(x.restricted())
-            else:
-                kernel_map, rows = selection.kernel_map(x.grid, x.full, window, (height, width)), x.rows
-            out = backends.convolve(name, rows, weight, bias, groups, kernel_map)
-            result = SparseFeatures.of_rows(out, selection, (height, width), fill=fill)
-        else:
-            assert isinstance(x, MaskedFeatures)
-            read = x.read("conv2d")
-            if any((top, bottom, left, right)):
-                mode = "constant" if padding_mode == "zeros" else padding_mode
-                read = F.pad(read, (left, right, top, bottom), mode=mode)
-            value = F.conv2d(read, weight, bias, stride, 0, dilation, groups)
-            result = MaskedFeatures.make(value, selection, (height, width), full=False, fill=fill)
-        if selection.observers:
-            active = len(selection.sites((height, width)))
-            selection.report(
-                Operation(
-                    "conv2d",
-                    "guided",
-                    (height, width),
-                    active * macs_per_site,
-                    selection.batch * height * width * macs_per_site,
-                    name,
-                    reason,
-                )
-            )
+        result, name, reason = _convolve(x, weight, bias, groups, window, pads, out_grid, backend, fill)
+        macs_per_site = weight.shape[1] * weight.shape[0] * window.taps
+        macs = len(selection.sites(out_grid)) * macs_per_site
+        dense_macs = selection.batch * out_grid[0] * out_grid[1] * macs_per_site
+    selection.report(Operation("conv2d", "guided", out_grid, macs, dense_macs, name, reason))
     return result
+
+
+def _convolve(
+    x: Features,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    window: Window,
+    pads: tuple[Pair, Pair],
+    out_grid: Pair,
+    backend: str,
+    fill: Tensor | None,
+) -> tuple[Features, str, str | None]:
+    """The result, the backend that computed it, and why it is not the one asked for, if it is not."""
+    selection = x.selection
+    if isinstance(x, SparseFeatures):
+        name, reason = backends.choose(selection.backend if backend == "auto" else backend, weight, groups)
+        if window.pointwise:
+            kernel_map, rows = None, as_rows(x.restricted())
+        else:
+            kernel_map, rows = selection.kernel_map(x.grid, x.full, window, out_grid), x.surrounded()
+        out = backends.convolve(name, rows, weight, bias, groups, kernel_map)
+        return SparseFeatures.of_rows(out, selection, out_grid, fill=fill), name, reason
+    assert isinstance(x, MaskedFeatures)
+    read = x.read("conv2d")
+    (top, bottom), (left, right) = pads
+    padding = (top, left)
+    if window.padding_mode != "zeros" or (bottom, right) != padding:
+        mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+        read, padding = F.pad(read, (left, right, top, bottom), mode=mode), (0, 0)
+    value = F.conv2d(read, weight, bias, window.stride, padding, window.dilation, groups)
+    return MaskedFeatures.make(value, selection, out_grid, full=False, fill=fill), "reference", None
+
+
+@lru_cache(maxsize=1024)
+def _geometry(
+    grid: Pair, kernel: Pair, stride: Pair, padding: Any, dilation: Pair, padding_mode: str
+) -> tuple[Window, tuple[Pair, Pair], Pair]:
+    """The window, what is padded as ((top, bottom), (left, right)), and the output's size."""
+    pads = _pads(padding, kernel, dilation)
+    height, width = (
+        (size + sum(pad) - step * (taps - 1) - 1) // by + 1
+        for size, pad, step, taps, by in zip(grid, pads, dilation, kernel, stride, strict=True)
+    )
+    if height < 1 or width < 1:
+        raise RuntimeError(f"the kernel {kernel} with dilation {dilation} is larger than the padded map {grid}")
+    narrower = {"reflect": 1, "circular": 0}.get(padding_mode)  # than the map, by how much padding must be
+    if narrower is not None and any(max(pad) > size - narrower for size, pad in zip(grid, pads, strict=True)):
+        raise RuntimeError(f"{padding_mode} padding of {pads} is too wide for the map {grid}")
+    return Window(kernel, stride, (pads[0][0], pads[1][0]), dilation, padding_mode), pads, (height, width)
 
 
 def _pads(padding: Any, kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:

@@ -27,10 +27,8 @@ def _window(
 def _columns(x: SparseFeatures, window: Window, out_grid: Pair, outside: float) -> Tensor:
     """What each output site reads, (n_out, taps, C): rows, zeros for inactive pixels, `outside` beyond the image."""
     kernel_map = x.selection.kernel_map(x.grid, x.full, window, out_grid)
-    rows = x.rows
-    padding = torch.stack([rows.new_zeros(rows.shape[1]), rows.new_full((rows.shape[1],), outside)])
-    gathered = torch.cat([rows, padding]).index_select(0, kernel_map.gather_padded)
-    return gathered.view(-1, window.taps, rows.shape[1])
+    rows = x.surrounded(outside)
+    return rows.index_select(0, kernel_map.table.view(-1)).view(-1, window.taps, rows.shape[1])
 
 
 @rule(F.max_pool2d, torch.max_pool2d)
@@ -55,7 +53,9 @@ def max_pool2d(
     if isinstance(x, MaskedFeatures):
         return MaskedFeatures.make(pool(x.read("max_pool2d")), x.selection, out_grid, full=False)
     assert isinstance(x, SparseFeatures)
-    rows = _columns(x, window, out_grid, outside=-torch.inf).max(1).values
+    columns = _columns(x, window, out_grid, outside=-torch.inf)
+    # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
+    rows = columns.max(1).values if columns.requires_grad else columns.amax(1)
     return SparseFeatures.of_rows(rows, x.selection, out_grid)
 
 

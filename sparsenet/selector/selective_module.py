@@ -157,7 +157,7 @@ class SelectiveModule(nn.Module):
                 return cls(channels, width, **switches)
         raise ValueError(
             f"no Selective Module for {channels} channels at {size[0]}×{size[1]} fits {budget:,.0f} MACs: "
-            f"the smallest takes {cost:,}. Raise the budget, embed later, or pass non_local=False."
+            f"the smallest takes {cost:,}: embed later, or give one as selector=SelectiveModule({channels}, width)."
         )
 
 

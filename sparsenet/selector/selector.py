@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsenet import context
 from sparsenet.features import Features, MaskedFeatures, SparseFeatures
+from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
 
@@ -27,8 +28,14 @@ class GivenMask(nn.Module):
         )
 
 
-class SelectorDone(Exception):
-    """Ends a pass that wants nothing after the selector: see `sparsenet.train.selector_only`."""
+class PassEnded(Exception):
+    """Ends a pass that wants nothing after the stage or after the selector: see `sparsenet.train.stage_features` and
+    `selector_only`. Carries the stage's output, and where the images lie in it."""
+
+    def __init__(self, features: Tensor, frame: Frame | None):
+        super().__init__("a pass was to end here")
+        self.features = features
+        self.frame = frame
 
 
 class Selector(nn.Module):
@@ -62,6 +69,8 @@ class Selector(nn.Module):
         if isinstance(features, Features):
             return features
         settings = context.current()
+        if settings.stop_at == "stage":
+            raise PassEnded(features, context.frame())
         observers = tuple(observer for observer in settings.observers if observer.selector is self)
         with ExitStack() as selecting:
             for observer in observers:
@@ -97,8 +106,8 @@ class Selector(nn.Module):
         levels = LearnedLevels(logits, self.down, self.threshold, live, target)
         if supervision is not None:
             supervision.observe(levels, context.frame())
-        if settings.selector_only:
-            raise SelectorDone
+        if settings.stop_at == "selector":
+            raise PassEnded(features, context.frame())
         return levels
 
 

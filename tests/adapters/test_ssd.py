@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -449,6 +450,49 @@ def test_the_loss_is_averaged_over_all_coordinates_of_all_maps(learned: Any) -> 
             count += 1
     assert count == 2 * (75**2 + 38**2 + 19**2 + 10**2 + 5**2)
     assert supervision.loss().item() == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_missed_pixels_weigh_more_and_those_of_small_objects_most(learned: Any, balance: float) -> None:
+    """Two objects of very different size, the small one on the large one, weighed cell by cell."""
+    boxes = torch.tensor([[20.0, 20, 260, 260], [96, 96, 120, 136]]).double()
+    images = [torch.rand(3, 300, 300).double()]
+    with (
+        sparsenet.record(learned.eval()) as rec,
+        sparsenet.train.direct(learned, [boxes], positive_weight=5.0, size_balance=balance) as supervision,
+    ):
+        learned(images)
+    total, count = 0.0, 0
+    for (side, _), step in STEPS.items():
+        large, small = (cells_by_hand(box[None], (side, side), step) for box in boxes)
+        share = {True: int(small.sum()) ** -balance, False: int(large.sum()) ** -balance}  # by whether small is there
+        inside = (large | small).nonzero().tolist()
+        mean = sum(share[bool(small[y, x])] for y, x in inside) / len(inside)
+        for y, x in itertools.product(range(side), repeat=2):
+            p = rec.saliency[side, side][0, y, x].item()
+            if large[y, x] or small[y, x]:
+                total -= 5 * share[bool(small[y, x])] / mean * math.log(p)
+            else:
+                total -= math.log1p(-p)
+        count += side**2
+    assert supervision.loss().item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_kept_features_train_the_selector_as_images_do(learned: Any) -> None:
+    images, targets = images_and_targets()
+    boxes = [target["boxes"] for target in targets]
+    learned.eval()
+    features = sparsenet.train.stage_features(learned, images)
+    assert features.map.shape[:1] + features.map.shape[2:] == (2, 75, 75) and not features.map.requires_grad
+    assert features.to(torch.float32).map.dtype == torch.float32
+    found = []
+    for given in ((images, targets), (features,)):
+        with sparsenet.train.direct(learned, boxes) as supervision:
+            sparsenet.train.selector_only(learned, *given)
+        loss = supervision.loss()
+        found.append([loss, *torch.autograd.grad(loss, list(learned.selector.parameters()))])
+    for by_images, by_features in zip(*found, strict=True):
+        assert torch.equal(by_images, by_features)
 
 
 def test_one_step_reaches_every_parameter_of_the_selector(learned: Any) -> None:
