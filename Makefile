@@ -5,10 +5,14 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test demo lint types wheel clean
+.PHONY: test thorough demo lint types wheel clean
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The same properties on new examples, fifty times as many: hours.
+thorough: $(INSTALLED)
+	HYPOTHESIS_PROFILE=thorough OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/ssd_voc.py

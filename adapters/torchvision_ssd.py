@@ -48,13 +48,14 @@ class TorchvisionSSD(Adapter):
         model.transform.register_forward_hook(TransformHook())
         model.backbone.register_forward_hook(SourcesHook())
         model.compute_loss = ActiveLoss(model)
+        model.postprocess_detections = ActiveDetections(model)
 
     def detach(self, model: Any) -> None:
         for module in (model.transform, model.backbone):
             for key, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, TransformHook | SourcesHook):
                     del module._forward_hooks[key]
-        del model.compute_loss
+        del model.compute_loss, model.postprocess_detections
 
 
 class TransformHook:
@@ -90,7 +91,7 @@ class ActiveLoss:
         self, targets: list[Any], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
     ) -> dict[str, Tensor]:
         compute = type(self.model).compute_loss
-        active = self._active_anchors(len(anchors))
+        active = active_anchors(self.model, len(anchors))
         if active is None:
             return compute(self.model, targets, outputs, anchors, matched)
         total: dict[str, Tensor] = {}
@@ -110,18 +111,41 @@ class ActiveLoss:
                 total[name] = total.get(name, torch.zeros_like(loss)) + loss * max(1, found)
         return {name: loss / max(1, positives) for name, loss in total.items()}
 
-    def _active_anchors(self, batch: int) -> Tensor | None:
-        """Bool (N, anchors), or `None` where all count."""
-        sources = _sources.get([])
-        guided = [source for source in sources if isinstance(source, Features)]
-        if not guided or any(source.gate_is_live() for source in guided):
-            return None
-        per_location = self.model.anchor_generator.num_anchors_per_location()
-        parts = []
-        for source, anchors in zip(sources, per_location, strict=True):
-            if isinstance(source, Features):
-                mask = source.selection.mask(source.grid).flatten(1)
-            else:
-                mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
-            parts.append(mask.repeat_interleave(anchors, 1))
-        return torch.cat(parts, 1)
+
+@dataclass(eq=False)
+class ActiveDetections:
+    """The model's own `postprocess_detections` on the anchors of active locations. The others, whose scores are zero,
+    would give nothing either, but take their share of its time."""
+
+    model: SSD
+
+    def __call__(
+        self, outputs: dict[str, Tensor], anchors: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        detect = type(self.model).postprocess_detections
+        active = active_anchors(self.model, len(anchors))
+        if active is None:
+            return detect(self.model, outputs, anchors, sizes)
+        found: list[dict[str, Tensor]] = []
+        for image, keep in enumerate(active):
+            kept = keep.nonzero()[:, 0]
+            own = {name: output[image : image + 1].index_select(1, kept) for name, output in outputs.items()}
+            found += detect(self.model, own, [anchors[image].index_select(0, kept)], [sizes[image]])
+        return found
+
+
+def active_anchors(model: SSD, batch: int) -> Tensor | None:
+    """Bool (N, anchors): those of active locations in the current pass, or `None` where all count."""
+    sources = _sources.get([])
+    guided = [source for source in sources if isinstance(source, Features)]
+    if not guided or any(source.gate_is_live() for source in guided):
+        return None
+    per_location = model.anchor_generator.num_anchors_per_location()
+    parts = []
+    for source, anchors in zip(sources, per_location, strict=True):
+        if isinstance(source, Features):
+            mask = source.selection.mask(source.grid).flatten(1)
+        else:
+            mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
+        parts.append(mask.repeat_interleave(anchors, 1))
+    return torch.cat(parts, 1)

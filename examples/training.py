@@ -33,6 +33,9 @@ class Schedule:
     weight_decay: float = 5e-4
     clip: float = 10.0  # largest norm of the gradient of all parameters together
 
+    def sgd(self, parameters: Iterable) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
     def factor(self, step: int) -> float:
         """Share of `lr` at `step`, counted from 0."""
         warmup = round(self.warmup * self.iterations)
@@ -111,9 +114,7 @@ def fit(
     """
     device = next(model.parameters()).device
     if optimizer is None:
-        optimizer = torch.optim.SGD(
-            model.parameters(), schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
-        )
+        optimizer = schedule.sgd(model.parameters())
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     parts = {"model": model, "optimizer": optimizer, "rate": rate}
     run = f"{title}: {schedule}"

@@ -110,6 +110,15 @@ class KernelMap:
         self.inputs = inputs
 
     @cached_property
+    def products(self) -> Tensor:
+        """Where each tap of each output site finds its product, were every row (and one of zeros beneath) multiplied
+        by every tap's weights: int32 (n_out, taps), positions in the flattened (inputs + 1, taps)."""
+        taps = self.table.shape[1]
+        return self.table.clamp(max=self.inputs) * taps + torch.arange(
+            taps, dtype=torch.int32, device=self.table.device
+        )
+
+    @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The map by taps, as spconv wants it: int32 (2, taps, most) of (input row, output row) padded with -1,
         and int32 (taps,), how many pairs each tap has."""

@@ -86,6 +86,17 @@ def test_exits_say_what_left_and_why(operation: object, name: str, reason: str) 
     assert name in str(plan) and reason in str(plan)
 
 
+def test_layers_that_a_backend_falls_back_for_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1))
+    plan = plan_of(model, "0", example_inputs=IMAGES, backend="spconv")
+    found = {step.path: (step.operation.backend, step.operation.reason or "") for step in plan.steps}
+    assert found["1"] == ("spconv", "")
+    assert found["2"][0] == found["3"][0] == "rows"
+    assert "spconv has no grouped convolution" in found["2"][1] and "1x1" in found["3"][1]
+    assert str(plan).count("spconv: ") == 2
+    assert "spconv" not in str(plan_of(model, "0", example_inputs=IMAGES))
+
+
 def test_it_prints_as_a_table() -> None:
     lines = str(plan_of(Mixed(), example_inputs=IMAGES)).splitlines()
     assert lines[0] == ("stage 'stem' = stem, 6 channels at 16x20; 2 guided operations, 1 reductions, 1 exits")

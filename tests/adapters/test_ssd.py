@@ -128,6 +128,31 @@ def head_outputs(model: Any, images: list[Tensor]) -> dict[str, Tensor]:
 # -- at test ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_detections_are_those_of_all_anchors(model: Any, empty: bool) -> None:
+    """Leaving ignored anchors out of the post-processing changes nothing: here it is done with them."""
+    images, _ = images_and_targets()
+    found: list[Any] = []
+    detect = model.postprocess_detections
+
+    def watch(*args: Any) -> Any:
+        result = detect(*args)
+        found.append((args, [dict(image) for image in result]))  # which the detector then scales back in place
+        return result
+
+    model.eval().postprocess_detections = watch
+    model.score_thresh = 0.2  # of untrained scores: many candidates
+    with torch.no_grad(), sparsenet.use_mask(masks(empty=empty)):
+        model(images)
+    [(args, detections)] = found
+    expected = SSD.postprocess_detections(model, *args)
+    assert empty or min(len(image["scores"]) for image in expected) > 10
+    for image, wanted in zip(detections, expected, strict=True):
+        assert {name: value.tolist() for name, value in image.items()} == {
+            name: value.tolist() for name, value in wanted.items()
+        }
+
+
 @pytest.mark.parametrize("backend", ["reference", "rows", "spconv"])
 def test_an_ignored_location_is_certainly_background(model: Any, backend: str) -> None:
     images, _ = images_and_targets()

@@ -176,6 +176,16 @@ def test_gathering_by_chunks_changes_nothing(case: Case, chunk: int) -> None:
         assert_equal(actual, wanted)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(40, 40), (40, 17), (40, 1), (8, 40)])
+def test_many_channels_come_in_parts(inputs: int, outputs: int) -> None:
+    """Products before the gather are made some output channels at a time, where these are no more than the inputs."""
+    module, x = nn.Conv2d(inputs, outputs, 3, padding=1).double(), torch.randn(2, inputs, 6, 7).double()
+    mask = torch.rand(2, 6, 7) < 0.5
+    for chunk in (1, 1 << 21):
+        with mock.patch.object(rows, "CHUNK", chunk), torch.no_grad():
+            assert_guided(guided(module, x, mask, False, "rows"), dense(module, x, mask, False))
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("padding_mode", strategies.PADDING_MODES)
 def test_gradcheck(groups: int, padding_mode: str) -> None:
