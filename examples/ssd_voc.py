@@ -100,7 +100,8 @@ def main() -> None:
     evaluations = []
     for seed in args.seeds:
         dense, selective = finetune(base, train, classes, seed, args)
-        evaluations.append([evaluate(model, test, len(classes), "evaluation") for model in (dense, selective)])
+        titled = {"evaluation of dense": dense, "evaluation of selective, MACs counted": selective}
+        evaluations.append([evaluate(model, test, len(classes), title) for title, model in titled.items()])
     images = [test[i][0].to(args.device) for i in range(0, len(test), -(-len(test) // args.timed_images))]
     models = {"dense": dense, "selective": selective}
     times = {batch: compare_speed(models, images, batch, args.repeats) for batch in args.timed_batches}

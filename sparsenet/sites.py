@@ -54,7 +54,8 @@ class ActiveSites:
     def all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
         sites = ActiveSites(torch.ones(batch, *size, dtype=torch.bool, device=device))
-        _ = sites.index, sites.rank  # computed now, outside of inference mode, because they outlive the pass
+        # Computed now, outside of inference mode, because they outlive the pass.
+        _ = sites.index, sites.image, sites.pixel, sites.rank
         return sites
 
     @property
@@ -86,11 +87,11 @@ class ActiveSites:
         count, (batch, height, width) = len(self), self.mask.shape
         rank = _outside(batch, (height, width), self.mask.device) + count
         places = self.read_at(Window((1, 1)), self)
-        rank.view(-1).index_copy_(0, places.view(-1), torch.arange(count, dtype=torch.int32, device=rank.device))
+        rank.view(-1).index_copy_(0, places.view(-1).long(), torch.arange(count, dtype=torch.int32, device=rank.device))
         return rank
 
     def read_at(self, window: Window, target: ActiveSites) -> Tensor:
-        """Where in the flattened `rank` each tap of each of the target's sites reads: int64 (n_out, taps)."""
+        """Where in the flattened `rank` each tap of each of the target's sites reads: integers (n_out, taps)."""
         height, width = self.size
         place = _places((height, width), target.size, window, target.mask.device).index_select(0, target.pixel)
         return place if len(self.mask) == 1 else place + (target.image * ((height + 1) * (width + 1)))[:, None]
@@ -150,14 +151,14 @@ def _outside(batch: int, size: Pair, device: torch.device) -> Tensor:
     return F.pad(torch.zeros(batch, *size, dtype=torch.int32, device=device), (0, 1, 0, 1), value=1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _places(size: Pair, out_size: Pair, window: Window, device: torch.device) -> Tensor:
-    """Where in one image's flattened rank image each tap of every output pixel reads: int64 (H_out * W_out, taps)."""
+    """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = _axis(size[0], out_size[0], window, 0, device)
     columns = _axis(size[1], out_size[1], window, 1, device)
     places = (lines * (size[1] + 1))[:, None, :, None] + columns[None, :, None, :]
-    return places.reshape(out_size[0] * out_size[1], window.taps)
+    return places.reshape(out_size[0] * out_size[1], window.taps).int()
 
 
 def _axis(length: int, out_length: int, window: Window, axis: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.sites import ActiveSites, KernelMap, Window, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Window, _outside, _places, kernel_map
 from tests import strategies
 from tests.strategies import Conv
 
@@ -93,9 +93,24 @@ def test_all_sites_are_those_of_a_full_mask() -> None:
     assert len(everywhere) == 24
 
 
+def test_what_is_kept_between_passes_may_take_part_in_gradients() -> None:
+    """Tensors made in inference mode may not, and the first pass may well be in it."""
+    size, window = (7, 11), Window((3, 3), padding=(1, 1))  # of no other test: made here
+    with torch.inference_mode():
+        everywhere = ActiveSites.all(2, size, torch.device("cpu"))
+        kernel_map(everywhere, window, ActiveSites(torch.rand(2, *size) < 0.5))
+        kept = [everywhere.mask, everywhere.index, everywhere.image, everywhere.pixel, everywhere.rank]
+    kept.append(_places(size, size, window, torch.device("cpu")))
+    kept.append(_outside(2, size, torch.device("cpu")))
+    assert not any(tensor.is_inference() for tensor in kept)
+
+
 @given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), max_size=6))
 def test_a_table_by_taps(table: list[list[int]]) -> None:
     found = KernelMap(torch.tensor(table, dtype=torch.int32).view(-1, 3), inputs=5)
+    products = torch.arange(18).view(6, 3)  # of five rows, and of one of zeros, with three taps
+    expected = [[int(products[min(row, 5), tap]) for tap, row in enumerate(taps)] for taps in table]
+    assert found.products.tolist() == expected
     pairs, counts = found.pairs
     for tap in range(3):
         expected = [(taps[tap], output) for output, taps in enumerate(table) if taps[tap] < 5]
