@@ -59,7 +59,7 @@ DEMO = Preset(
     selector_batches=100,
     finetune=Schedule(iterations=120, batch_size=16, lr=0.005),
     mask_warmup=0.2,
-    missed_pixel=12.0,
+    missed_pixel=8.0,
     size_balance=0.5,
     eval_images=200,
     checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
@@ -297,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
         "are active even if not predicted (0.2; with --voc-root 0.0216, five epochs)")
     add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
-        "in the mask's loss: higher loses fewer objects and computes more (12; with --voc-root 1)")
+        "in the mask's loss: higher loses fewer objects and computes more (8; with --voc-root 1)")
     add("--size-balance", type=float, metavar="POWER", help="0: every missed pixel counts alike, as in "
         "the paper; 1: every missed object does (0.5; with --voc-root 0)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0],

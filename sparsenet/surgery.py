@@ -48,7 +48,8 @@ def selectify(
             takes every mask from the caller (`use_mask`).
         example_inputs: what a dry run calls the model with: a tensor, a tuple of arguments, a dict of keyword
             arguments, or a detector's list of images. By default the size that the model's family is trained at.
-        backend: "auto", "reference", "rows" or "spconv"; see `use_backend`.
+        backend: "auto" (rows, and the dense operation where every pixel is active), "reference", "rows" or "spconv";
+            see `use_backend`.
         strict: raise wherever features leave the guided region, instead of going on with ordinary tensors.
         inplace: change `model` itself and keep the identity of its parameters; by default a deep copy is changed.
 

@@ -18,7 +18,7 @@ ORDER = (
     {"backends"},
     {"selection", "context", "features", "rules"},
     {"selector"},
-    {"record", "hooks", "stage", "masked_conv", "plan", "surgery", "train", "freeze"},
+    {"record", "hooks", "stage", "masked_conv", "masked_norm", "plan", "surgery", "train", "freeze"},
     {"measure"},
     {"cli", "__main__"},
 )

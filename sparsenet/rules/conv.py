@@ -99,23 +99,33 @@ def _convolve(
 ) -> tuple[Features, str, str | None]:
     """The result, the backend that computed it, and why it is not the one asked for, if it is not."""
     selection = x.selection
-    if isinstance(x, SparseFeatures):
-        name, reason = backends.choose(selection.backend if backend == "auto" else backend, weight, groups)
+    asked = selection.backend if backend == "auto" else backend
+    if isinstance(x, SparseFeatures) and not (asked == "auto" and _everything_is_active(x, out_grid)):
+        name, reason = backends.choose(asked, weight, groups)
         if window.pointwise:
             kernel_map, rows = None, as_rows(x.restricted())
         else:
             kernel_map, rows = selection.kernel_map(x.grid, x.full, window, out_grid), x.surrounded()
         out = backends.convolve(name, rows, weight, bias, groups, kernel_map)
         return SparseFeatures.of_rows(out, selection, out_grid, fill=fill), name, reason
-    assert isinstance(x, MaskedFeatures)
-    read = x.read("conv2d")
+    read = x.read("conv2d") if isinstance(x, MaskedFeatures) else x.whole()
     (top, bottom), (left, right) = pads
     padding = (top, left)
     if window.padding_mode != "zeros" or (bottom, right) != padding:
         mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
         read, padding = F.pad(read, (left, right, top, bottom), mode=mode), (0, 0)
     value = F.conv2d(read, weight, bias, window.stride, padding, window.dilation, groups)
-    return MaskedFeatures.make(value, selection, out_grid, full=False, fill=fill), "reference", None
+    if isinstance(x, MaskedFeatures):
+        return MaskedFeatures.make(value, selection, out_grid, full=False, fill=fill), "reference", None
+    return SparseFeatures.of_rows(as_rows(value), selection, out_grid, fill=fill), "dense", None
+
+
+def _everything_is_active(x: SparseFeatures, out_grid: Pair) -> bool:
+    """Whether the dense operation computes what is asked for and no more; it is the fastest then."""
+    return all(
+        len(sites) == x.selection.batch * height * width
+        for sites, (height, width) in ((x.sites, x.grid), (x.selection.sites(out_grid), out_grid))
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ from tests import strategies
 from tests.helpers import assert_equal, assert_guided, gradients, guide, keep, recorder, select
 from tests.strategies import Conv
 
-BACKENDS = ("reference", *backends.BACKENDS)
+BACKENDS = ("auto", "reference", *backends.BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 Case = tuple[Conv, Tensor, bool]
@@ -159,6 +159,20 @@ def test_an_antisymmetric_kernel_has_the_sign_of_the_slope(backend: str) -> None
     assert_equal(result.dense("the test"), torch.full((1, 1, 2, 3), 2.0).double())
 
 
+@pytest.mark.parametrize("inactive", [0, 1])
+def test_where_every_pixel_is_active_the_dense_operation_runs(inactive: int) -> None:
+    module, x, mask = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5), torch.ones(2, 5, 5, dtype=torch.bool)
+    mask[0, 0, :inactive] = False
+    record = recorder()
+    with torch.no_grad():
+        result = masked(module)(guide(x, select(mask, "auto", record=record)))
+        if not inactive:
+            assert torch.equal(result.dense("the test"), module(x.to(memory_format=torch.channels_last)))
+    (operation,) = record.operations
+    assert operation.backend == ("rows" if inactive else "dense")
+    assert operation.macs == (50 - inactive) * 3 * 4 * 9
+
+
 # -- the backend of rows -----------------------------------------------------------------------------------------
 
 
@@ -240,7 +254,7 @@ def test_multiply_accumulates_are_counted_at_active_outputs(backend: str) -> Non
     assert (operation.name, operation.status, operation.size) == ("conv2d", "guided", (2, 3))
     assert operation.dense_macs == 2 * 2 * 3 * per_site
     assert operation.macs == int(selection.mask((2, 3)).sum()) * per_site
-    assert operation.backend == ("rows" if backend == "spconv" else backend)
+    assert operation.backend == ("reference" if backend == "reference" else "rows")
     assert operation.reason == ("spconv: spconv has no grouped convolution" if backend == "spconv" else None)
 
 
