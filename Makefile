@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test thorough demo lint types wheel clean
+.PHONY: test thorough demo coverage lint types wheel clean
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -16,6 +16,12 @@ thorough: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/ssd_voc.py
+
+# Every model of torchvision and one of each of timm's files: three hours. Interrupted, it goes on where it was; after a
+# change of the library, remove coverage.json first.
+coverage: $(INSTALLED)
+	$(BIN)/sparsenet coverage --suite torchvision --json coverage.json --markdown docs/coverage.md
+	$(BIN)/sparsenet coverage --suite timm --json coverage.json --markdown docs/coverage.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -38,10 +38,22 @@ class Adapter:
 
 def find(model: nn.Module) -> Adapter:
     """The adapter of a model's family."""
-    from sparsenet.adapters.classification import Timm, Torchvision
+    from sparsenet.adapters.timm import Timm
+    from sparsenet.adapters.torchvision_classification import TorchvisionClassification
+    from sparsenet.adapters.torchvision_rcnn import TorchvisionRCNN
+    from sparsenet.adapters.torchvision_retinanet import TorchvisionFCOS, TorchvisionRetinaNet
+    from sparsenet.adapters.torchvision_segmentation import TorchvisionSegmentation
     from sparsenet.adapters.torchvision_ssd import TorchvisionSSD
 
-    for adapter in (TorchvisionSSD, Timm, Torchvision):
+    for adapter in (
+        TorchvisionSSD,
+        TorchvisionRetinaNet,
+        TorchvisionFCOS,
+        TorchvisionRCNN,
+        TorchvisionSegmentation,
+        Timm,
+        TorchvisionClassification,
+    ):
         if adapter.matches(model):
             return adapter()
     return Adapter()

@@ -13,6 +13,7 @@ from sparsenet.selector import SelectiveModule as SelectiveModule
 from sparsenet.surgery import densify as densify
 from sparsenet.surgery import plan as plan
 from sparsenet.surgery import selectify as selectify
+from sparsenet.surgery import stages as stages
 
 del _rules
 __version__ = "0.1.0"

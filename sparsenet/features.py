@@ -1,4 +1,5 @@
-"""Feature maps that know which pixels matter: tensor subclasses of logical shape (N, C, H, W).
+"""Feature maps that know which pixels matter: tensor subclasses of logical shape (N, C, H, W), or whatever a `Form`
+makes of it.
 
 Both storages keep a `value` whose channels are dimension 1, so that pointwise operations and normalisation are
 the same call on either:
@@ -17,18 +18,21 @@ tied to its value by `_Enter`, `_Leave` and `_Rebase`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import wraps
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import TensorWeakRef
 
+from sparsenet.calls import is_in_place, name_of
+from sparsenet.form import Form
 from sparsenet.selection import Operation, Selection, kept_from_checkpoints
 from sparsenet.sites import ActiveSites, Pair
 
@@ -42,14 +46,25 @@ class Leaves(Exception):
     """Raised by a rule that cannot keep these arguments guided; its text is the reason."""
 
 
-def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for functions."""
+def rule(*functions: Any, any_form: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for functions. Unless it takes maps of `any_form`, others leave before it sees them."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions, function))
+        RULES.update(dict.fromkeys(functions, function if any_form else _of_plain_maps(function)))
         return function
 
     return register
+
+
+def _of_plain_maps(function: Rule) -> Rule:
+    @wraps(function)
+    def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Features) and not argument.form.plain:
+                raise Leaves(argument.form.description)
+        return function(func, *args, **kwargs)
+
+    return checked
 
 
 @dataclass
@@ -57,6 +72,31 @@ class _Passage:
     """Where a wrapper's gradient would be wrong: the operation that read it masked where autograd was off."""
 
     unseen: str | None = None
+
+
+class _Memory:
+    """What the wrappers that are views of one another share, because a write to one is a write to all.
+
+    Where PyTorch has a view and sparsenet a copy (rows in another order of channels, a crop), a write to one makes the
+    others `lost`: they raise when they are next read.
+    """
+
+    def __init__(self, copies: list[_Memory] | None = None) -> None:
+        self.writes = 0
+        self.lost = False
+        self.wrappers: list[TensorWeakRef] = []
+        self.copies = [] if copies is None else copies
+        self.copies.append(self)
+
+    def alive(self) -> list[Features]:
+        """The wrappers that share this memory."""
+        return [wrapper for reference in self.wrappers if (wrapper := reference()) is not None]
+
+    def written(self) -> None:
+        self.writes += 1
+        for other in self.copies:
+            other.lost = other.lost or other is not self
+        self.copies = [self]
 
 
 class Features(torch.Tensor):
@@ -70,12 +110,14 @@ class Features(torch.Tensor):
     full: bool
     fill: Tensor | None
     grid: Pair
+    form: Form
     _value: Tensor
     _passage: _Passage
     _live: bool
     _tied: bool  # in the graph by its mask only, not by its value
-    _read: tuple[bool, Tensor] | None
+    _read: tuple[bool, int, Tensor] | None
     _lent: list[tuple[Tensor, int]]
+    _memory: _Memory
 
     # -- construction ------------------------------------------------------------------------------------------
 
@@ -89,6 +131,7 @@ class Features(torch.Tensor):
         full: bool,
         fill: Tensor | None = None,
         live: bool = True,
+        form: Form | None = None,
     ) -> Features:
         """Features of a value.
 
@@ -97,23 +140,33 @@ class Features(torch.Tensor):
             grid: (H, W) of the map.
             fill: what inactive pixels hold when the features leave the region, (C,); zero if `None`.
             live: whether reading through the mask gives the mask gradient.
+            form: how its logical dimensions lie; (N, C, H, W) if `None`.
         """
+        form = Form.plain_of(value.shape[1]) if form is None else form
         if torch.is_grad_enabled():
             # Where the mask alone takes gradient, the wrapper is in the graph too, so that losing it is noticed.
             tie = None if value.requires_grad else cls._gate(selection, grid, live)
             if value.requires_grad or tie is not None:
-                return _Enter.apply(value, tie, cls, selection, grid, full, fill, live)
-        return cls._wrap(value, selection, grid, full, fill, live)
+                return _Enter.apply(value, tie, cls, selection, grid, full, fill, live, form)
+        return cls._wrap(value, selection, grid, full, fill, live, form)
 
     @classmethod
     def _wrap(
-        cls, value: Tensor, selection: Selection, grid: Pair, full: bool, fill: Tensor | None, live: bool
+        cls,
+        value: Tensor,
+        selection: Selection,
+        grid: Pair,
+        full: bool,
+        fill: Tensor | None,
+        live: bool,
+        form: Form,
     ) -> Features:
-        shape = (selection.batch, value.shape[1], *grid)
+        shape = form.shape(selection.batch, grid)
         features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
         features._value = value
         features.selection = selection
         features.grid = grid
+        features.form = form
         features.full = full
         features.fill = fill
         features._live = live
@@ -121,22 +174,59 @@ class Features(torch.Tensor):
         features._tied = False
         features._read = None
         features._lent = []
+        features._joins(_Memory())
         return features
 
-    def like(self, value: Tensor, live: bool | None = None) -> Features:
+    def like(self, value: Tensor, live: bool | None = None, form: Form | None = None) -> Features:
         """Features of the same sites with another value, as a pointwise operation gives them."""
         live = self._live if live is None else live
-        return type(self).make(value, self.selection, self.grid, full=self.full, live=live)
+        if form is None:
+            form = self.form if value.shape[1] == self._value.shape[1] else Form.plain_of(value.shape[1])
+        return type(self).make(value, self.selection, self.grid, full=self.full, live=live, form=form)
+
+    def as_view(self, value: Tensor, form: Form, fill: Tensor | None = None) -> Features:
+        """Features of the same sites that PyTorch calls a view of these: a write to one must not be lost on the other.
+        Where `value` is a copy, a write to either makes the other raise at its next use. `fill` is this one's fill as
+        the view has it: a head's convolution is viewed by anchors and classes before it leaves the region."""
+        view = self.viewed_by(self.like(value, form=form))
+        view.fill = fill
+        return view
+
+    def viewed_by(self, view: Features) -> Features:
+        """`view`, once it is known as a view of these features."""
+        if view._value.untyped_storage().data_ptr() == self._value.untyped_storage().data_ptr():
+            view._joins(self._memory)
+        else:
+            view._joins(_Memory(self._memory.copies))
+        view._lent = self._lent
+        return view
+
+    def sibling(self, form: Form) -> Features:
+        """Features of the same value that PyTorch calls a copy: a write to one makes the other raise."""
+        copy = self.like(self.value, form=form)
+        copy._joins(_Memory(self._memory.copies))
+        return copy
 
     def replace(self, value: Tensor, full: bool) -> Features:
         """This very object with another value, as an in-place operation leaves it."""
+        moved = value.untyped_storage().data_ptr() != self._value.untyped_storage().data_ptr() or full != self.full
+        self._memory.lost = moved  # for the views that still read what was
+        self._memory.written()
+        if moved:
+            self._joins(_Memory())
         self._value = value
         self.full = full
         self.fill = None
         self._read = None
-        if torch.is_grad_enabled() and (value.requires_grad or _requires_grad(self)):
-            _Rebase.apply(self, value)
+        if torch.is_grad_enabled():
+            for wrapper in self._memory.alive():  # views of this one have another place in the graph now, too
+                if wrapper._value.requires_grad or _requires_grad(wrapper):
+                    _Rebase.apply(wrapper, wrapper._value)
         return self
+
+    def _joins(self, memory: _Memory) -> None:
+        self._memory = memory
+        memory.wrappers.append(TensorWeakRef(self))
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -149,8 +239,13 @@ class Features(torch.Tensor):
                     "a view of a guided feature map was written to after the map had left the guided region: the "
                     "write would be lost. Write to the map itself, or call .clone() before taking the view"
                 )
+        if self._memory.lost:
+            raise RuntimeError(
+                "a guided feature map was written to in place after this one was taken from it as a view, or the other "
+                "way round, and sparsenet keeps the two apart: the write would be lost. Call .clone() before writing"
+            )
         if torch.is_grad_enabled() and not (self._value.requires_grad or self._tied) and _requires_grad(self):
-            return _Leave.apply(self)
+            self._value = _Leave.apply(self)  # kept, so that what is written to views of it is part of the graph
         return self._value
 
     @property
@@ -171,8 +266,26 @@ class Features(torch.Tensor):
         raise NotImplementedError
 
     def operand(self, other: Tensor, full: bool) -> Tensor:
-        """An ordinary tensor that broadcasts against (N, C, H, W), as it broadcasts against a value."""
+        """An ordinary tensor that broadcasts against the map, as it broadcasts against its cells."""
+        if other.numel() == 1 and other.dim() < 3:
+            return other
+        return self._operand(self.form.cells(other[(None,) * (len(self.form.order) - other.dim())]), full)
+
+    def _operand(self, cells: Tensor, full: bool) -> Tensor:
         raise NotImplementedError
+
+    def cells(self, value: Tensor) -> Tensor:
+        """A value with its channel dimensions apart, as the form has them: (N or 1, *channels, H or n, W or 1)."""
+        channels = self.form.channels
+        if len(channels) == 1:
+            return value
+        return value.unflatten(1, channels) if channels else value[:, 0]
+
+    def packed(self, cells: Tensor) -> Tensor:
+        """The value of cells, their channel dimensions in one."""
+        if cells.dim() == 4:
+            return cells
+        return cells.flatten(1, -3) if cells.dim() > 3 else cells[:, None]
 
     def whole(self) -> Tensor:
         """The ordinary tensor (N, C, H, W) of full features, no pixel masked."""
@@ -187,7 +300,8 @@ class Features(torch.Tensor):
     def dense(self, reader: str) -> Tensor:
         """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read."""
         self.note_reading(reader)
-        return self._masked() if self.fill is None or self.gate is not None else self._filled(self.fill)
+        masked = self._masked() if self.fill is None or self.gate is not None else self._filled(self.fill)
+        return self.form.present(masked)
 
     def note_reading(self, reader: str) -> None:
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
@@ -205,6 +319,8 @@ class Features(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if Departed in types:
+            args, kwargs = tree_map_only(Departed, Departed.ordinary, (args, kwargs))
         function = RULES.get(func)
         if function is None:
             return leave(func, args, kwargs, "no rule for this operation")
@@ -221,9 +337,12 @@ class Features(torch.Tensor):
         first = args[0] if args else None
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
             assert isinstance(first, Features)
-            return type(first)._wrap(first._value.detach(), first.selection, first.grid, first.full, None, first._live)
+            value = first._value.detach()
+            return type(first)._wrap(
+                value, first.selection, first.grid, first.full, None, first._live, first.form
+            )
         if func._schema.is_mutable:
-            raise RuntimeError(_in_place_message(str(func)))
+            raise RuntimeError(in_place_message(str(func)))
         reason = "called below torch functions, by a custom autograd Function or in C++"
         with torch.no_grad():  # whatever the mode says, nothing is recorded here, and what is cached must know
             if func is torch.ops.aten.add.Tensor:  # autograd sums the gradients of two readers
@@ -231,7 +350,7 @@ class Features(torch.Tensor):
             return leave(func, args, kwargs or {}, reason)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        shape = (self.selection.batch, self._value.shape[1], *self.grid)
+        shape = self.form.shape(self.selection.batch, self.grid)
         return f"{type(self).__name__}(shape={shape}, active={len(self.selection.sites(self.grid))}, full={self.full})"
 
 
@@ -244,8 +363,8 @@ class MaskedFeatures(Features):
     def whole(self) -> Tensor:
         return self.value
 
-    def operand(self, other: Tensor, full: bool) -> Tensor:
-        return other
+    def _operand(self, cells: Tensor, full: bool) -> Tensor:
+        return cells
 
     @classmethod
     def _gate(cls, selection: Selection, grid: Pair, live: bool) -> Tensor | None:
@@ -258,7 +377,7 @@ class MaskedFeatures(Features):
         """Zero at inactive pixels: made once per tensor. Multiplying here, and not after every operation, leaves the
         mask a gradient at inactive pixels, so that pixels once switched off can return."""
         value, recording = self.value, torch.is_grad_enabled()
-        if self._read is None or self._read[0] != recording:
+        if self._read is None or self._read[:2] != (recording, self._memory.writes):
             with kept_from_checkpoints():
                 gate = self.gate
                 masked = (
@@ -266,8 +385,8 @@ class MaskedFeatures(Features):
                     if gate is None
                     else value * gate.to(value.dtype)
                 )
-            self._read = (recording, masked)
-        return self._read[1]
+            self._read = (recording, self._memory.writes, masked)
+        return self._read[2]
 
     def _filled(self, fill: Tensor) -> Tensor:
         return torch.where(self.selection.mask(self.grid), self.value, fill[:, None, None].to(self.value))
@@ -285,10 +404,17 @@ class SparseFeatures(Features):
 
     @classmethod
     def of_rows(
-        cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool = False, fill: Tensor | None = None
+        cls,
+        rows: Tensor,
+        selection: Selection,
+        grid: Pair,
+        *,
+        full: bool = False,
+        fill: Tensor | None = None,
+        form: Form | None = None,
     ) -> Features:
         """Features of rows (n, C)."""
-        return cls.make(_as_value(rows), selection, grid, full=full, fill=fill)
+        return cls.make(as_value(rows), selection, grid, full=full, fill=fill, form=form)
 
     @property
     def rows(self) -> Tensor:
@@ -303,27 +429,34 @@ class SparseFeatures(Features):
             rows = F.pad(rows, (0, 0, 0, 2))
             rows[-1] = outside
             return rows
-        if self._read is None or self._read[0] != recording:  # made once for all that read these features
+        if self._read is None or self._read[:2] != (recording, self._memory.writes):  # made once for all readers
             with kept_from_checkpoints():
-                self._read = (recording, F.pad(rows, (0, 0, 0, 2)))
-        return self._read[1]
+                self._read = (recording, self._memory.writes, F.pad(rows, (0, 0, 0, 2)))
+        return self._read[2]
 
     def restricted(self) -> Tensor:
         if not self.full:
             return self.value
-        return _as_value(self.rows.index_select(0, self.selection.sites(self.grid).index))
+        return as_value(self.rows.index_select(0, self.selection.sites(self.grid).index))
 
-    def operand(self, other: Tensor, full: bool) -> Tensor:
-        if other.numel() == 1 and other.dim() < 3:
-            return other
-        other = other[(None,) * (4 - other.dim())]
+    def _operand(self, cells: Tensor, full: bool) -> Tensor:
         sites = self.selection.everywhere(self.grid) if full else self.selection.sites(self.grid)
-        if other.shape[2:] == (1, 1) != self.grid:
-            if other.shape[0] == 1:
-                return other
-            return _as_value(other[:, :, 0, 0].index_select(0, sites.image))
-        pixels = other.expand(self.selection.batch, -1, *self.grid).permute(0, 2, 3, 1).flatten(0, 2)
-        return _as_value(pixels if full else pixels.index_select(0, sites.index))
+        channels, size = cells.shape[1:-2], tuple(cells.shape[-2:])
+        value = self.packed(cells)
+        if size == (1, 1) != self.grid:
+            if len(cells) == 1:
+                return cells
+            rows = value[:, :, 0, 0].index_select(0, sites.image)
+        else:
+            rows = value.expand(self.selection.batch, -1, *self.grid).permute(0, 2, 3, 1).flatten(0, 2)
+            rows = rows if full else rows.index_select(0, sites.index)
+        value = as_value(rows)
+        return value if len(channels) == 1 else value.unflatten(1, channels) if channels else value[:, 0]
+
+    def packed(self, cells: Tensor) -> Tensor:
+        if cells.dim() < 5:
+            return super().packed(cells)
+        return as_value(cells.movedim((0, -2, -1), (0, 1, 2)).reshape(-1, prod(cells.shape[1:-2])))
 
     def whole(self) -> Tensor:
         return self.rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
@@ -339,7 +472,7 @@ class SparseFeatures(Features):
         return dense.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _as_value(rows: Tensor) -> Tensor:
+def as_value(rows: Tensor) -> Tensor:
     """Rows (n, C) as (1, C, n, 1), a channels-last view: no copy.
 
     In the strides of the sides of length 1 too: PyTorch's batch norm on CPU takes `rows.T[None, :, :, None]` for
@@ -351,6 +484,15 @@ def _as_value(rows: Tensor) -> Tensor:
 def as_rows(value: Tensor) -> Tensor:
     """The value (1, C, n, 1) of `SparseFeatures` as rows (n, C): no copy of a channels-last one."""
     return value.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def enter(dense: Tensor, selection: Selection) -> Features:
+    """Full guided features of an ordinary map (N, C, H, W): no copy where it is channels-last."""
+    grid = (dense.shape[2], dense.shape[3])
+    if selection.dense_storage:
+        return MaskedFeatures.make(dense, selection, grid, full=True)
+    rows = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
+    return SparseFeatures.of_rows(rows, selection, grid, full=True)
 
 
 def _requires_grad(features: Features) -> bool:
@@ -374,9 +516,9 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
     leaves = tree_leaves((args, kwargs)) if nested else [*args, *kwargs.values()]
     leaving = [leaf for leaf in leaves if isinstance(leaf, Features)]
     if _writes_to_features(func, args, kwargs):
-        raise RuntimeError(_in_place_message(name))
+        raise RuntimeError(in_place_message(name))
     selection, grid = leaving[0].selection, leaving[0].grid
-    if selection.strict:
+    if selection.options.strict:
         raise RuntimeError(
             f"{name} leaves the guided region ({reason}), which selectify(strict=True) forbids: embed at a later "
             "stage, or use strict=False to let it run dense"
@@ -387,14 +529,14 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
         with suppress(RuntimeError):  # detection heads split the channels, which needs no copy in any memory format
             view = func(dense[id(leaving[0])], *args[1:], **kwargs)
             _lend(leaving[0], dense[id(leaving[0])], view)
-            return view
+            return depart(func, leaving[0], view)
     # Contiguous, as the wrappers' own strides say: `x.view(len(x), -1)` would refuse the rows' order.
     dense = {key: tensor.contiguous() for key, tensor in dense.items()}
     args, kwargs = tree_map_only(Features, lambda features: dense[id(features)], (args, kwargs))
     result = func(*args, **kwargs)
     for features in leaving:
         _lend(features, dense[id(features)], result)
-    return result
+    return depart(func, leaving[0], result)
 
 
 def _lend(features: Features, dense: Tensor, result: Any) -> None:
@@ -410,82 +552,100 @@ def _lend(features: Features, dense: Tensor, result: Any) -> None:
         features._lent.append((dense, dense._version))
 
 
-# Some of these functions are nameless dispatchers on a flag, such as `return_indices`.
-_FUNCTIONAL = {function: f"F.{name}" for name, function in vars(F).items() if callable(function) and name[0] != "_"}
-
-
-def name_of(func: Any) -> str:
-    """A function's name as a reader knows it: `Tensor.view`, `torch.flatten`, `F.interpolate`."""
-    if func in _FUNCTIONAL:
-        return _FUNCTIONAL[func]
-    name = getattr(func, "__name__", None) or str(func)
-    if name in ("__get__", "__set__"):
-        return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
-    name = str(getattr(func, "__qualname__", name))
-    for internal, known in (("_VariableFunctionsClass", "torch"), ("_TensorBase", "Tensor"), ("TensorBase", "Tensor")):
-        name = name.replace(internal, known)
-    return name
-
-
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "matmul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "lshift",
-    "rshift",
-    "and",
-    "xor",
-    "or",
-)
-_WRITING = {*(f"__i{name}__" for name in _OPERATORS), "__setitem__", "__set__", "__delitem__"}
-
-
 def _writes_to_features(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if kwargs.get("out") is not None and any(isinstance(leaf, Features) for leaf in tree_leaves(kwargs["out"])):
         return True
-    if not args or not isinstance(args[0], Features):
-        return False
-    name = getattr(func, "__name__", "")
-    if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
-        return True
-    position = _inplace_argument(func)
-    return bool(kwargs.get("inplace") or (position is not None and len(args) > position and args[position]))
+    return bool(args) and isinstance(args[0], Features) and is_in_place(func, args, kwargs)
 
 
-@cache
-def _inplace_argument(func: Any) -> int | None:
-    """The position of a function's argument `inplace`, if it has one. A builtin has no signature: its name tells."""
-    try:
-        parameters = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):
-        return None
-    return parameters.index("inplace") if "inplace" in parameters else None
-
-
-def _in_place_message(name: str) -> str:
+def in_place_message(name: str) -> str:
     return (
         f"{name} would write in place into guided features, and sparsenet has no rule for it: the write would be "
         "lost. Use the out-of-place operation, or embed at a later stage"
     )
 
 
+class Departed(torch.Tensor):
+    """An ordinary tensor that came of guided features which left the region: it remembers the selection and the sizes
+    they had, through whatever is computed with it. Under `selectify(reenter=True)`, so that a convolution that meets a
+    map of the same grid can take its sites up again, and in the dry run, so that the plan can tell what comes of the
+    stage from what only runs later. Elsewhere nothing is known of such a tensor but numbers.
+    """
+
+    selection: Selection
+    grids: frozenset[Pair]
+
+    @staticmethod
+    def of(tensor: Tensor, selection: Selection, grids: frozenset[Pair]) -> Departed:
+        departed = tensor.as_subclass(Departed)
+        departed.selection, departed.grids = selection, grids
+        return departed
+
+    def ordinary(self) -> Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    def reentered(self) -> Tensor:
+        """Guided features with every pixel's context, if this is a map (N, C, H, W) of a size that left, or itself."""
+        grid = (self.shape[2], self.shape[3]) if self.dim() == 4 else None
+        if not self.selection.options.reenter or grid not in self.grids:
+            return self
+        if len(self) != self.selection.batch or not self.is_floating_point():
+            return self
+        self.selection.report(Operation("reenter", "reentry", grid))
+        return enter(self.ordinary(), self.selection)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, Features) for kind in types):
+            return NotImplemented
+        if func in (F.conv2d, torch.conv2d):
+            input = args[0] if args else kwargs["input"]
+            features = input.reentered() if isinstance(input, Departed) else input
+            if isinstance(features, Features):
+                return func(features, *args[1:], **kwargs) if args else func(**kwargs | {"input": features})
+        departed = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Departed)]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        known = [leaf for leaf in departed if hasattr(leaf, "grids")]
+        if not known:
+            return tree_map_only(Departed, Departed.ordinary, result)
+        lost = func in _MOVING or any(leaf.selection is not known[0].selection for leaf in known)
+        grids = frozenset() if lost else frozenset().union(*(leaf.grids for leaf in known))
+        return tree_map_only(Tensor, lambda tensor: Departed.of(tensor, known[0].selection, grids), result)
+
+
+# Behind these a pixel is elsewhere, so that its site says nothing of it.
+_MOVING = {getattr(place, name) for place in (torch, Tensor) for name in "flip roll rot90 fliplr flipud".split()}
+
+
+def depart(func: Any, features: Features, result: Any) -> Any:
+    """What an exit or a reduction gives: ordinary tensors, which remember where they came from if that is asked for."""
+    selection, order = features.selection, features.form.order
+    if not selection.followed:
+        return result
+    grids = frozenset() if func in _MOVING or order.index("H") > order.index("W") else frozenset({features.grid})
+    return tree_map_only(Tensor, lambda tensor: Departed.of(tensor, selection, grids), result)
+
+
 # -- autograd between a wrapper and its value ------------------------------------------------------------------
 
 
 def _value_gradient(
-    features_type: type[Features], selection: Selection, grid: Pair, full: bool, grad: Tensor
+    grad: Tensor, features_type: type[Features], selection: Selection, grid: Pair, full: bool, form: Form
 ) -> Tensor:
-    """The gradient of a value from the gradient (N, C, H, W) of its wrapper."""
+    """The gradient of a value from the gradient of its wrapper, which has the wrapper's shape."""
     if isinstance(grad, Features):  # from a custom Function that computes with what it has saved
-        grad = grad.whole() if grad.full else grad.dense("backward")
+        grad = grad.form.present(grad.whole()) if grad.full else grad.dense("backward")
+    if not form.plain:
+        with torch.enable_grad():  # a form is linear, and this is its adjoint
+            dense = grad.new_zeros(selection.batch, prod(form.channels), *grid).requires_grad_()
+            (grad,) = torch.autograd.grad(form.present(dense), dense, grad)
     if features_type is SparseFeatures:
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        return _as_value(rows if full else rows.index_select(0, selection.sites(grid).index))
+        return as_value(rows if full else rows.index_select(0, selection.sites(grid).index))
     return grad if full else torch.where(selection.mask(grid), grad, grad.new_zeros(()))
 
 
@@ -503,16 +663,17 @@ class _Enter(torch.autograd.Function):
         full: bool,
         fill: Tensor | None,
         live: bool,
+        form: Form,
     ) -> Features:
-        features = cls._wrap(value, selection, grid, full, fill, live)
+        features = cls._wrap(value, selection, grid, full, fill, live, form)
         features._tied = tie is not None
-        ctx.place = (cls, selection, grid, full)
+        ctx.place = (cls, selection, grid, full, form)
         ctx.passage = features._passage
         return features
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _arriving(ctx, grad), None, None, None, None, None, None, None
+        return _arriving(ctx, grad), None, None, None, None, None, None, None, None
 
 
 class _Rebase(torch.autograd.Function):
@@ -521,7 +682,7 @@ class _Rebase(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Features, value: Tensor) -> Features:
         ctx.mark_dirty(features)
-        ctx.place = (type(features), features.selection, features.grid, features.full)
+        ctx.place = (type(features), features.selection, features.grid, features.full, features.form)
         ctx.passage = features._passage
         return features
 
@@ -537,8 +698,7 @@ def _arriving(ctx: Any, grad: Tensor) -> Tensor:
             "scripted function or a reentrant checkpoint, where the mask's part of the gradient would be lost: use "
             "use_reentrant=False, run it in Python, or embed at a later stage"
         )
-    features_type, selection, grid, full = ctx.place
-    return _value_gradient(features_type, selection, grid, full, grad)
+    return _value_gradient(grad, *ctx.place)
 
 
 class _Leave(torch.autograd.Function):
@@ -546,15 +706,17 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Features) -> Tensor:
-        ctx.place = (type(features), features.selection, features.grid, features.full)
+        ctx.place = (type(features), features.selection, features.grid, features.full, features.form)
         return features._value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        features_type, selection, grid, full = ctx.place
-        if features_type is not SparseFeatures:
-            return grad
-        rows = as_rows(grad)
-        sites = selection.everywhere(grid) if full else selection.sites(grid)
-        dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(0, sites.index, rows)
-        return dense.view(selection.batch, *grid, -1).permute(0, 3, 1, 2)
+        features_type, selection, grid, full, form = ctx.place
+        if features_type is SparseFeatures:
+            rows = as_rows(grad)
+            sites = selection.everywhere(grid) if full else selection.sites(grid)
+            dense = rows.new_zeros(selection.batch * grid[0] * grid[1], rows.shape[1]).index_copy(0, sites.index, rows)
+            grad = dense.view(selection.batch, *grid, -1).permute(0, 3, 1, 2)
+        if form.padding is not None:  # around the map nothing is asked for, so that its adjoint gives `grad` back
+            form = replace(form, padding=replace(form.padding, mode="zeros", value=0.0))
+        return form.present(grad)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsenet import context
+from sparsenet.features import Departed, Features
 from sparsenet.regions import Frame
+from sparsenet.selection import Operation
 from sparsenet.selector import Selector
 
 
@@ -38,15 +40,26 @@ class BeginHook:
 
 @dataclass(eq=False)
 class EndHook:
-    """Forward hook of the root, called after an error too."""
+    """Forward hook of the root, called after an error too: its outputs are ordinary tensors."""
 
     selector: Selector
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         context.end_frame()
+        output = tree_map_only(Features | Departed, self._ordinary, output)
         for observer in context.current().observers:
             if observer.selector is self.selector:
                 observer.end()
+        return output
+
+    def _ordinary(self, part: Features | Departed) -> Tensor:
+        """What this model gives to its caller; the features of another one around it go on."""
+        if part.selection.owner is not self.selector:
+            return part
+        if isinstance(part, Departed):
+            return part.ordinary()
+        part.selection.report(Operation("output", "output", part.grid))
+        return part.dense("the model's output")
 
 
 def _frame(arguments: list[Any]) -> Frame | None:

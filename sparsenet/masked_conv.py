@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsenet.features import Features
+from sparsenet.features import Departed, Features
 from sparsenet.rules.conv import masked_conv2d
 
 
@@ -40,6 +40,8 @@ class MaskedConv2d(nn.Conv2d):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Departed):
+            input = input.reentered()
         if not isinstance(input, Features):
             return super().forward(input)
         return masked_conv2d(

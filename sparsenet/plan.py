@@ -29,6 +29,8 @@ class Plan:
         total_macs: multiply-accumulates of the dense network on the example.
         downstream_macs: those of them after the stage, the denominator of `guided_share`.
         guided_macs: those of them in guided operations.
+        conv_macs: those of 2-D convolutions over maps of more than one pixel whose input comes of the stage's output (a
+            convolution of what was pooled to 1x1 is a linear layer), the denominator of `guided_conv_share`.
     """
 
     at: str
@@ -40,11 +42,18 @@ class Plan:
     total_macs: int
     downstream_macs: int
     guided_macs: int
+    conv_macs: int
 
     @property
     def guided_share(self) -> float:
         """Share of the MACs after the stage that masks can cut."""
         return self.guided_macs / max(1, self.downstream_macs)
+
+    @property
+    def guided_conv_share(self) -> float:
+        """Share of the MACs of convolutions after the stage that masks can cut."""
+        guided = sum(step.operation.dense_macs for step in self.steps if step.operation.convolves)
+        return guided / max(1, self.conv_macs)
 
     @property
     def exits(self) -> tuple[Step, ...]:
@@ -69,6 +78,7 @@ class Plan:
         )
         share = (
             f"guided: {self.guided_macs / 1e6:.1f} of {self.downstream_macs / 1e6:.1f} MMACs after the stage "
-            f"({self.guided_share:.1%}); the network has {self.total_macs / 1e6:.1f} on the example input"
+            f"({self.guided_share:.1%}), {self.guided_conv_share:.1%} of its convolutions' {self.conv_macs / 1e6:.1f}; "
+            f"the network has {self.total_macs / 1e6:.1f} on the example input"
         )
         return "\n".join([head, *(line.rstrip() for line in table), share])

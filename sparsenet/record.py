@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from sparsenet import context
+from sparsenet.macs import MacCounter
 from sparsenet.selection import Operation, Selection
 from sparsenet.selector import Selector
 from sparsenet.sites import Pair
@@ -29,6 +27,8 @@ class Record:
         dense_macs: those of the original model.
         operations: how each operation met guided features, in order.
     """
+
+    follows = False
 
     def __init__(self, selector: Selector):
         self.selector = selector
@@ -99,8 +99,8 @@ class Record:
         finally:
             self._selecting = False
 
-    def count(self, macs: int) -> None:
-        """Ordinary operations."""
+    def count(self, macs: int, convolved: Tensor | None = None) -> None:
+        """Ordinary operations; see `MacCounter`."""
         if self._running and self._counting:
             self._add(macs, 0 if self._selecting else macs)
 
@@ -109,34 +109,6 @@ class Record:
         self.dense_macs += dense_macs
         if self.selections:
             self.downstream_macs += dense_macs
-
-
-def _attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)
-    return flops
-
-
-# PyTorch's registry lacks the CPU's fused attention, which the Selective Module's non-local block runs.
-_FORMULAS = {**flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
-
-
-class _MacCounter(TorchDispatchMode):
-    """Counts ordinary operations by PyTorch's own formulas (which count a multiply-accumulate as two)."""
-
-    def __init__(self, record: Record):
-        super().__init__()
-        self.record = record
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = _FORMULAS.get(func._overloadpacket)
-        if formula is None:
-            with self:  # inference mode hands over composite operations, such as `conv2d`, in one piece
-                result = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if result is NotImplemented else result
-        result = func(*args, **kwargs)
-        self.record.count(formula(*args, **kwargs, out_val=result) // 2)
-        return result
 
 
 @contextmanager
@@ -154,7 +126,7 @@ def record(model: nn.Module) -> Iterator[Record]:
 @contextmanager
 def observing(observer: Record) -> Iterator[None]:
     """Let a record watch the passes inside."""
-    with context.setting(observers=(*context.current().observers, observer)), _MacCounter(observer):
+    with context.setting(observers=(*context.current().observers, observer)), MacCounter(observer.count):
         yield
 
 

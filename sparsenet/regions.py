@@ -48,13 +48,18 @@ class Regions:
         """
         if len(self) != batch:
             raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
-        plain = frame is None or frame.originals == frame.placed == [frame.canvas] * batch
+        plain = frame is None or frame.originals == frame.placed == [frame.canvas] * len(frame.placed)
         if self.masks is not None and plain and len({mask.shape for mask in self.masks}) == 1:
             return torch.stack(self.masks).to(device)
         if frame is None:
             raise ValueError(
                 "boxes and per-image masks need the sizes of the images: call the selective model whole, "
                 "or give a bool mask (N, H, W)"
+            )
+        if len(frame.placed) != batch:
+            raise ValueError(
+                f"the model was called with {len(frame.placed)} images, but the stage's map is of {batch}: which box lies "
+                "where cannot be told; give a bool mask (N, H, W) of the map"
             )
         canvas = torch.zeros(batch, *frame.canvas, dtype=torch.bool, device=device)
         if self.masks is not None:

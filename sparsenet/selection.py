@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sparsenet.sites import ActiveSites, KernelMap, Pair, Window, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, kernel_map
 
 
 class Levels(Protocol):
@@ -31,8 +31,9 @@ class Levels(Protocol):
 class Operation:
     """One operation as it met guided features.
 
-    `status` is "guided", "reduction" (over space: the result is an ordinary tensor by nature) or "exit" (the
-    features became an ordinary tensor, for `reason`). MACs are of the whole batch: `macs` as computed at active
+    `status` is "guided", "reduction" (over space: the result is an ordinary tensor by nature), "exit" (the features
+    became an ordinary tensor, for `reason`), "reentry" (an ordinary map took up its sites again) or "output" (the model
+    gave the features to its caller, as an ordinary tensor). MACs are of the whole batch: `macs` as computed at active
     pixels, `dense_macs` as the original would compute them.
     """
 
@@ -44,11 +45,17 @@ class Operation:
     backend: str | None = None
     reason: str | None = None
 
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a guided convolution over a map of more than one pixel."""
+        return self.status == "guided" and self.name in ("conv2d", "conv_transpose2d") and self.size != (1, 1)
+
 
 class Observer(Protocol):
     """What watches the passes of one selector: see `sparsenet.record`."""
 
     selector: nn.Module
+    follows: bool  # whether what comes of guided features is to be known as such even behind an exit
 
     def begin(self) -> None: ...
 
@@ -63,10 +70,38 @@ class Observer(Protocol):
     def selecting(self) -> AbstractContextManager[None]: ...
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `selectify` was told, for the passes of one selective model.
+
+    Attributes:
+        backend: how masked convolutions run.
+        strict: raise where features leave the guided region.
+        reenter: let what left, and comes to a convolution as a map of the same size, take up its sites again.
+        mean: what a mean over space divides by, "all" pixels of the map or the "active" ones.
+    """
+
+    backend: str = "auto"
+    strict: bool = False
+    reenter: bool = False
+    mean: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.mean not in ("all", "active"):
+            raise ValueError(f"mean must be 'all' (pixels of the map) or 'active', not {self.mean!r}")
+
+
 class Selection:
     """One mask per resolution and image, and the kernel maps between them, shared by all layers of a pass.
 
     It travels with the features, so that recomputation in a backward pass sees the same masks.
+
+    Args:
+        levels: where the masks come from.
+        batch, size, device: of the map at the stage.
+        observers: who is told of the pass.
+        owner: the selector whose pass it is.
+        live: whether masks take gradient, for which the dense storage is needed.
     """
 
     def __init__(
@@ -75,21 +110,24 @@ class Selection:
         batch: int,
         size: Pair,
         device: torch.device,
-        backend: str,
-        strict: bool,
-        observers: tuple[Observer, ...],
+        options: Options,
+        observers: tuple[Observer, ...] = (),
+        owner: nn.Module | None = None,
+        live: bool = False,
     ):
         self.levels = levels
         self.batch = batch
         self.size = size
         self.device = device
-        self.backend = backend
-        self.strict = strict
+        self.options = options
         self.observers = observers
+        self.owner = owner
+        self.dense_storage = live or options.backend == "reference"
+        self.followed = options.reenter or any(observer.follows for observer in observers)
         self._sites: dict[Pair, ActiveSites] = {}
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
-        self._maps: dict[tuple[Pair, bool, Window, Pair], KernelMap] = {}
+        self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
         for observer in observers:
             observer.selected(self)
 
@@ -122,7 +160,7 @@ class Selection:
                 self._gates[size] = self.levels.gate(size)
         return self._gates[size]
 
-    def kernel_map(self, size: Pair, full: bool, window: Window, out_size: Pair) -> KernelMap:
+    def kernel_map(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> KernelMap:
         """From the features of one size (all pixels if `full`) to the active sites of another."""
         key = (size, full, window, out_size)
         if key not in self._maps:
@@ -133,6 +171,19 @@ class Selection:
     def report(self, operation: Operation) -> None:
         for observer in self.observers:
             observer.operation(operation)
+
+    @contextmanager
+    def reporting(self, operation: Callable[[], Operation]) -> Iterator[None]:
+        """Around a guided operation that counts its own multiply-accumulates, which are reported after it."""
+        if not self.observers:
+            yield
+            return
+        with ExitStack() as uncounted:
+            for observer in self.observers:
+                uncounted.enter_context(observer.uncounted())
+            yield
+            found = operation()
+        self.report(found)
 
 
 @contextmanager

@@ -10,12 +10,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Pair = tuple[int, int]
+
+
+class Reading(Protocol):
+    """How the pixels of one map read those of another: along each axis by itself, so many taps for every coordinate.
+    Hashable, because tables are kept by it."""
+
+    def __hash__(self) -> int: ...
+
+    def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
+        """Input coordinate of every (output coordinate, tap) along an axis, `length` standing for outside: int64
+        (out_length, taps)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,34 @@ class Window:
     def pointwise(self) -> bool:
         """Whether each output site reads exactly the input site at its own place."""
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
+        start = torch.arange(out_length, device=device) * self.stride[axis] - self.padding[axis]
+        place = start[:, None] + torch.arange(self.kernel[axis], device=device) * self.dilation[axis]
+        match self.padding_mode:
+            case "zeros":
+                return torch.where((place < 0) | (place >= length), length, place)
+            case "replicate":
+                return place.clamp(0, length - 1)
+            case "circular":
+                return place % length
+            case "reflect":
+                place = place.abs()
+                return torch.where(place >= length, 2 * (length - 1) - place, place)
+            case mode:
+                raise ValueError(f"padding_mode {mode!r} is not one of zeros, reflect, replicate, circular")
+
+
+@dataclass(frozen=True)
+class TransposedWindow(Window):
+    """The window of a transposed convolution, seen from its output: tap k of output pixel o reads input pixel
+    (o + padding - k * dilation) / stride where that is a whole number."""
+
+    def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
+        out = torch.arange(out_length, device=device)[:, None] + self.padding[axis]
+        spread = out - torch.arange(self.kernel[axis], device=device) * self.dilation[axis]
+        place = spread // self.stride[axis]
+        return torch.where((spread % self.stride[axis] == 0) & (place >= 0) & (place < length), place, length)
 
 
 class ActiveSites:
@@ -76,6 +116,14 @@ class ActiveSites:
         return self.index // (self.size[0] * self.size[1])
 
     @cached_property
+    def counts(self) -> list[int]:
+        """How many sites each image has."""
+        if len(self.mask) == 1:
+            return [len(self)]
+        counts: list[int] = self.mask.flatten(1).sum(1).tolist()
+        return counts
+
+    @cached_property
     def pixel(self) -> Tensor:
         """Position of each site in its own image, flattened (H, W): int64 (n,)."""
         return self.index if len(self.mask) == 1 else self.index % (self.size[0] * self.size[1])
@@ -90,7 +138,7 @@ class ActiveSites:
         rank.view(-1).index_copy_(0, places.view(-1).long(), torch.arange(count, dtype=torch.int32, device=rank.device))
         return rank
 
-    def read_at(self, window: Window, target: ActiveSites) -> Tensor:
+    def read_at(self, window: Reading, target: ActiveSites) -> Tensor:
         """Where in the flattened `rank` each tap of each of the target's sites reads: integers (n_out, taps)."""
         height, width = self.size
         place = _places((height, width), target.size, window, target.mask.device).index_select(0, target.pixel)
@@ -134,7 +182,7 @@ class KernelMap:
         return pairs, counts
 
 
-def kernel_map(source: ActiveSites, window: Window, target: ActiveSites) -> KernelMap:
+def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> KernelMap:
     """The kernel map of `window` from the sites it reads to the sites it must produce.
 
     There is no hash table: a tap's place is a function of the output site's coordinates, and its row a look-up in the
@@ -153,28 +201,9 @@ def _outside(batch: int, size: Pair, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _places(size: Pair, out_size: Pair, window: Window, device: torch.device) -> Tensor:
+def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
-    lines = _axis(size[0], out_size[0], window, 0, device)
-    columns = _axis(size[1], out_size[1], window, 1, device)
+    lines = window.reads(0, size[0], out_size[0], device)
+    columns = window.reads(1, size[1], out_size[1], device)
     places = (lines * (size[1] + 1))[:, None, :, None] + columns[None, :, None, :]
-    return places.reshape(out_size[0] * out_size[1], window.taps).int()
-
-
-def _axis(length: int, out_length: int, window: Window, axis: int, device: torch.device) -> Tensor:
-    """Input coordinate of every (output coordinate, tap) along one axis, `length` standing for outside: (out, taps)."""
-    start = torch.arange(out_length, device=device) * window.stride[axis] - window.padding[axis]
-    taps = torch.arange(window.kernel[axis], device=device) * window.dilation[axis]
-    place = start[:, None] + taps
-    match window.padding_mode:
-        case "zeros":
-            return torch.where((place < 0) | (place >= length), length, place)
-        case "replicate":
-            return place.clamp(0, length - 1)
-        case "circular":
-            return place % length
-        case "reflect":
-            place = place.abs()
-            return torch.where(place >= length, 2 * (length - 1) - place, place)
-        case mode:
-            raise ValueError(f"padding_mode {mode!r} is not one of zeros, reflect, replicate, circular")
+    return places.reshape(out_size[0] * out_size[1], -1).int()

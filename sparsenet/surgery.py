@@ -5,23 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._pytree import tree_leaves
 
 from sparsenet import backends, context
+from sparsenet.features import Departed
 from sparsenet.hooks import BeginHook, EndHook, StageHook
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.masked_norm import MaskedSyncBatchNorm
 from sparsenet.plan import Plan, Step
 from sparsenet.record import Record, observing, selector_of
 from sparsenet.regions import Everywhere
-from sparsenet.selection import Operation
+from sparsenet.selection import Operation, Options
 from sparsenet.selector import SelectiveModule, Selector
 from sparsenet.selector.levels import learned_octaves
-from sparsenet.stage import check_output, resolve, watchable
+from sparsenet.stage import Stages, check_output, list_stages, resolve, watchable
 
 # The Selective Module's share of the model's multiply-accumulates, at most.
 BUDGET = 0.02
@@ -35,6 +38,8 @@ def selectify(
     example_inputs: Any = None,
     backend: str = "auto",
     strict: bool = False,
+    reenter: bool = False,
+    mean: str = "all",
     inplace: bool = False,
 ) -> nn.Module:
     """Insert a selector after a stage; what follows computes only the pixels that it selects.
@@ -51,6 +56,10 @@ def selectify(
         backend: "auto" (rows, and the dense operation where every pixel is active), "reference", "rows" or "spconv";
             see `use_backend`.
         strict: raise wherever features leave the guided region, instead of going on with ordinary tensors.
+        reenter: where features have left (attention over the map, say) and a convolution meets the result as a map of the
+            size they had, let it take up their sites again. The result counts as having every pixel. For hybrids
+            (CoAtNet, MobileViT), whose blocks return to the grid that they left.
+        mean: what a mean over space divides by: "all" pixels of the map, as the dense network does, or the "active" ones.
         inplace: change `model` itself and keep the identity of its parameters; by default a deep copy is changed.
 
     Returns:
@@ -59,30 +68,34 @@ def selectify(
 
     Raises:
         ValueError: for an unknown stage, a stage whose output is no 4-D map or which no convolution follows, a model
-            that has an attribute `selector`, and inputs that cannot be guessed.
+            that has an attribute `selector`, inputs that cannot be guessed, and models whose modules cannot be watched
+            or hold no numbers yet: compiled, scripted, on the meta device, or (in place) with lazy parameters.
         RuntimeError: when the stage never fires.
         Nothing of `model` is changed then.
     """
     from sparsenet import adapters
 
-    backends.check(backend)
+    options = Options(backends.check(backend), strict, reenter, mean)
     if hasattr(model, "selector"):
         raise ValueError(
             "the model has an attribute 'selector', which is where sparsenet puts its branch: rename it"
             if not isinstance(model.selector, Selector)
             else "the model is selective already: sparsenet.densify(model) gives the original back"
         )
+    _check_model(model, inplace)
     adapter = adapters.find(model)
-    inputs = _example_inputs(model, adapter, example_inputs)
+    inputs = _inputs(model, adapter, example_inputs)
     if not inplace:
+        modes = _modes(model)
         model = copy.deepcopy(model)
+        _restore(model, modes)  # torchvision's traced feature extractors forget theirs in a copy
 
     def run() -> Any:
         with quietly(model):
             return call(model, inputs)
 
     stage = resolve(model, at, adapter.aliases(model), run)
-    plan = _dry_run(model, at, stage, run, backend)
+    plan = _dry_run(model, at, stage, run, options)
     if not any(step.operation.name == "conv2d" for step in plan.steps):
         exits = "; ".join(f"{step.path}: {step.operation.name}: {step.operation.reason}" for step in plan.exits)
         raise ValueError(
@@ -93,7 +106,7 @@ def selectify(
     if guiding is None:
         guiding = SelectiveModule.fit(plan.channels, size=plan.size, budget=BUDGET * plan.total_macs)
     reference = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    branch = Selector(guiding, learned_octaves(plan.size, list(plan.sizes)), backend, strict)
+    branch = Selector(guiding, learned_octaves(plan.size, list(plan.sizes)), options)
     if reference is not None:
         branch.to(reference.device, reference.dtype)
     branch.train(model.training)
@@ -135,6 +148,26 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
+def stages(model: nn.Module, *, example_inputs: Any = None) -> Stages:
+    """The places of a model to embed at that have a name, with their size, stride, channels and the share of the
+    network's multiply-accumulates that come after each.
+
+    Args:
+        model: as `selectify` takes it; it is left as it is.
+        example_inputs: as there.
+
+    Raises:
+        ValueError: for inputs that cannot be guessed.
+    """
+    from sparsenet import adapters
+
+    _check_model(model, inplace=True)
+    adapter = adapters.find(model)
+    inputs = _inputs(model, adapter, example_inputs)
+    with quietly(model):
+        return list_stages(model, adapter.aliases(model), lambda: call(model, inputs))
+
+
 def plan(model: nn.Module) -> Plan:
     """What surgery found: which operations are guided and at which size, which left the guided region and why, and the
     share of the MACs after the stage that is guided, with its denominator.
@@ -145,13 +178,33 @@ def plan(model: nn.Module) -> Plan:
     return selector_of(model).plan
 
 
+def _check_model(model: nn.Module, inplace: bool) -> None:
+    """Raise for a model that no dry run can be made of, or none that leaves no trace."""
+    if hasattr(model, "_orig_mod"):  # asked for by name, because torch._dynamo takes seconds to import
+        raise ValueError(
+            "the model is compiled: select first and compile then, torch.compile(sparsenet.selectify(model._orig_mod, ...))"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is scripted, and its modules take no hooks: give the Python model it was made from")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if isinstance(tensor, UninitializedTensorMixin)]
+    if lazy and inplace:
+        raise ValueError(f"parameters are not initialised, {lazy[0]} among them: call the model on an input first")
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"parameters are on the meta device, {meta[0]} among them, where a mask has no pixels: give them memory first, "
+            "by model.to_empty(device='cpu') and a checkpoint, say"
+        )
+
+
 # -- the dry run -----------------------------------------------------------------------------------------------
 
 
-def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], backend: str) -> Plan:
+def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], options: Options) -> Plan:
     """Run the model once with every pixel active behind `stage`, and write down what happens. Leaves no trace."""
-    probe = _Probe(Selector(nn.Identity(), 0))
-    rows_backend = "rows" if backend in ("auto", "reference") else backend  # whose falls back, the plan names
+    probe = _Probe(Selector(nn.Identity(), 0, replace(options, strict=False)))
+    rows_backend = "rows" if options.backend in ("auto", "reference") else options.backend  # whose falls back, is named
     module = model.get_submodule(stage)
     outputs: list[Tensor] = []
 
@@ -178,8 +231,9 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], back
             convolution.release()
     if not outputs:
         raise RuntimeError(
-            f"stage {stage!r} did not run on the example inputs: choose a module that the forward pass calls (feature "
-            "extractors made by tracing call functions, not the modules they were made from)"
+            f"stage {stage!r} did not run on the example inputs: choose a module that the forward pass calls, such as "
+            "'strideN' finds (what was traced or exported calls the smallest modules, or functions only, and not the "
+            "modules it was made from: there, select before tracing)"
         )
     first = outputs[0]
     return Plan(
@@ -192,20 +246,35 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], back
         total_macs=probe.dense_macs,
         downstream_macs=probe.downstream_macs,
         guided_macs=sum(step.operation.dense_macs for step in probe.steps),
+        conv_macs=probe.conv_macs,
     )
 
 
 class _Probe(Record):
-    """A record of the dry run, which knows the module that is running."""
+    """A record of the dry run, which knows the module that is running.
+
+    Attributes:
+        conv_macs: of convolutions over maps that come of the stage's output, guided or not, in the original model.
+    """
+
+    follows = True
 
     def __init__(self, selector: Selector):
         super().__init__(selector)
         self.begin()
+        self.conv_macs = 0
         self.path: list[str] = []
         self.steps: list[Step] = []
 
+    def count(self, macs: int, convolved: Tensor | None = None) -> None:
+        super().count(macs, convolved)
+        if self._counting and isinstance(convolved, Departed):
+            self.conv_macs += macs
+
     def operation(self, operation: Operation) -> None:
         super().operation(operation)
+        if operation.convolves:
+            self.conv_macs += operation.dense_macs
         self.steps.append(Step(self.path[-1] if self.path else "", operation))
 
 
@@ -221,17 +290,39 @@ def call(model: nn.Module, inputs: Any) -> Any:
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, and the random state as it was: nothing of a run inside remains."""
-    training = {module: module.training for module in model.modules()}
+    modes = _modes(model)
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        _restore(model, modes)
 
 
-def _example_inputs(model: nn.Module, adapter: Any, given: Any) -> Any:
+def _modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def _restore(model: nn.Module, modes: list[bool]) -> None:
+    """By the root's own `train` first, which may do more than set modes: one of torchvision changes graphs."""
+    if model.training != modes[0]:
+        model.train(modes[0])
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+
+
+def example_inputs(model: nn.Module) -> Any:
+    """What a dry run calls a model with where it is told nothing.
+
+    Raises:
+        ValueError: where no family knows.
+    """
+    from sparsenet import adapters
+
+    return _inputs(model, adapters.find(model), None)
+
+
+def _inputs(model: nn.Module, adapter: Any, given: Any) -> Any:
     if given is not None:
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
             raise ValueError(

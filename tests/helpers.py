@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sparsenet.features import Features, MaskedFeatures, SparseFeatures
 from sparsenet.record import Record
-from sparsenet.selection import Selection
+from sparsenet.selection import Options, Selection
 from sparsenet.selector.levels import GivenLevels
 from sparsenet.selector.selector import Selector
 
 STORAGES = ("reference", "rows")
 
 
-def select(mask: Tensor, backend: str = "rows", *, record: Record | None = None, strict: bool = False) -> Selection:
-    """The selection of a given entry mask, bool (N, H, W)."""
+def select(mask: Tensor, backend: str = "rows", *, record: Record | None = None, **options: Any) -> Selection:
+    """The selection of a given entry mask, bool (N, H, W), under other `Options`."""
     size = (mask.shape[1], mask.shape[2])
     observers = () if record is None else (record,)
-    return Selection(GivenLevels(mask), len(mask), size, mask.device, backend, strict, observers)
+    return Selection(GivenLevels(mask), len(mask), size, mask.device, Options(backend, **options), observers)
 
 
 def recorder() -> Record:
@@ -33,7 +39,7 @@ def guide(x: Tensor, selection: Selection, *, full: bool = False) -> Features:
     reads over space may see it.
     """
     grid = (x.shape[2], x.shape[3])
-    if selection.backend == "reference":
+    if selection.dense_storage:
         return MaskedFeatures.make(x, selection, grid, full=full)
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     if not full:
@@ -42,17 +48,56 @@ def guide(x: Tensor, selection: Selection, *, full: bool = False) -> Features:
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero at inactive pixels; the mask is bool (N, H, W) or (N, 1, H, W)."""
-    mask = mask if mask.dim() == 4 else mask[:, None]
+    """Zero at inactive pixels; the mask is bool, (N, H, W) or as `x` is laid out."""
+    mask = mask[:, None] if mask.dim() == 3 != x.dim() else mask
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype))
+
+
+def active(features: Features) -> Tensor:
+    """Where guided features hold what was computed, in their own layout; what pads them is theirs too."""
+    form, grid = features.form, features.grid
+    mask = features.selection.mask(grid).expand(-1, prod(form.channels), -1, -1)
+    if form.padding is None:
+        return form.present(mask)
+    around = form.padding if form.padding.mode != "zeros" else replace(form.padding, value=1.0)
+    return around.apply(mask.double()) > 0
 
 
 def assert_guided(result: Tensor, expected: Tensor) -> None:
     """Guided features that equal an ordinary map at active pixels, and that leave the region as zeros elsewhere."""
     assert isinstance(result, Features), type(result)
     assert result.shape == expected.shape
-    dense = result.dense("the test")
-    assert_equal(dense, keep(expected, result.selection.mask(result.grid)))
+    assert_equal(result.dense("the test"), keep(expected, active(result)))
+
+
+def assert_agrees(
+    function: Callable[[Tensor], Any],
+    storage: str,
+    mask: Tensor,
+    x: Tensor,
+    *,
+    full: bool,
+    pointwise: bool = False,
+    leaves: Sequence[Tensor] = (),
+) -> None:
+    """A function of guided features gives guided features, which equal what it gives of the ordinary map, zero at
+    inactive pixels unless `full`; and so do the gradients of the map and of other `leaves`.
+
+    Args:
+        pointwise: whether its results are to keep the context of full features.
+    """
+    results = tree_leaves(function(guide(x * 1, select(mask, storage), full=full)))
+    expected = tree_leaves(function(x * 1 if full or pointwise else keep(x, mask)))
+    for result, wanted in zip(results, expected, strict=True):
+        assert_guided(result, wanted)
+        assert result.full == (pointwise and full)
+        if wanted.requires_grad:
+            inputs = [x, *leaves]
+            found, right = (
+                gradients(each, inputs) for each in (result.dense("the test"), keep(wanted, active(result)))
+            )
+            for actual, gradient in zip(found, right, strict=True):
+                assert_equal(actual, gradient)
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:

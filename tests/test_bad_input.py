@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib
 import math
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ import torchvision
 from torch import Tensor, nn
 
 import sparsenet
-from sparsenet import GivenMask
-from tests.models import SmallNet, assert_unchanged, small_ssd, snapshot
+from sparsenet import GivenMask, SelectiveModule
+from tests.models import SmallNet, assert_as_good, assert_unchanged, blobs, small_ssd, snapshot, with_lively_norms
 
 IMAGES = torch.rand(2, 3, 16, 20)
 
@@ -122,8 +123,122 @@ def test_stages_of_a_traced_feature_extractor_never_fire() -> None:
     model = torchvision.models.feature_extraction.create_feature_extractor(
         torchvision.models.resnet18(weights=None), ["layer2"]
     )
-    with raises(RuntimeError, model, "stage 'layer1' did not run", "feature extractors made by tracing"):
+    with raises(RuntimeError, model, "stage 'layer1' did not run", "'strideN' finds", "select before tracing"):
         sparsenet.selectify(model, "layer1", example_inputs=torch.rand(1, 3, 32, 32), inplace=True)
+    images = torch.rand(2, 3, 64, 64)
+    selective = sparsenet.selectify(model.eval(), "stride4", selector=GivenMask(), example_inputs=images)
+    with torch.no_grad(), sparsenet.use_mask(torch.ones(2, 1, 1, dtype=torch.bool)):
+        torch.testing.assert_close(selective(images)["layer2"], model(images)["layer2"])
+
+
+def test_a_compiled_model() -> None:
+    with pytest.raises(ValueError, match=r"is compiled: .* torch\.compile\(sparsenet\.selectify"):
+        sparsenet.selectify(torch.compile(SmallNet()), "stem", example_inputs=IMAGES, inplace=True)
+    with pytest.raises(ValueError, match="is compiled"):
+        sparsenet.stages(torch.compile(SmallNet()), example_inputs=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_model() -> None:
+    for scripted in (torch.jit.script(SmallNet()), torch.jit.trace(SmallNet(), IMAGES)):
+        with pytest.raises(ValueError, match="give the Python model it was made from"):
+            sparsenet.selectify(scripted, "stem", example_inputs=IMAGES, inplace=True)
+
+
+def test_an_exported_model() -> None:
+    """It has no modules left to embed at."""
+    model = torch.export.export(SmallNet().eval(), (IMAGES,)).module()
+    with pytest.raises((ValueError, RuntimeError), match=r"no stage|select before tracing"):
+        sparsenet.selectify(model, "stem", example_inputs=IMAGES)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_on_the_meta_device(inplace: bool) -> None:
+    with torch.device("meta"):
+        model = SmallNet()
+    with pytest.raises(ValueError, match=r"on the meta device, stem\.0\.weight .* model\.to_empty"):
+        sparsenet.selectify(model, "stem", example_inputs=IMAGES, inplace=inplace)
+    assert type(model.down) is nn.Conv2d
+
+
+class Lazy(nn.Module):
+    """A network whose layers learn their input channels in the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.LazyConv2d(4, 3, padding=1)
+        self.body = nn.LazyConv2d(5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x).relu()).mean((2, 3))
+
+
+def test_lazy_parameters() -> None:
+    """A copy is initialised by the dry run; in place that would change the caller's model even where surgery fails."""
+    model = Lazy()
+    with pytest.raises(ValueError, match=r"not initialised, stem\.weight .* call the model on an input first"):
+        sparsenet.selectify(model, "stem", selector=GivenMask(), example_inputs=IMAGES, inplace=True)
+    selective = sparsenet.selectify(model, "stem", selector=GivenMask(), example_inputs=IMAGES)
+    assert isinstance(model.stem, nn.LazyConv2d)
+    assert isinstance(selective.body, sparsenet.MaskedConv2d)
+    with sparsenet.use_mask(torch.ones(2, 1, 1, dtype=torch.bool)):
+        torch.testing.assert_close(selective(IMAGES), sparsenet.densify(selective)(IMAGES))
+    with pytest.raises(ValueError, match="not initialised"):
+        sparsenet.stages(model, example_inputs=IMAGES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """A model in half precision is as exact with every pixel active as it is dense, on every backend that has it."""
+    model, images = with_lively_norms(SmallNet()).to(dtype), IMAGES.to(dtype)
+    truth = copy.deepcopy(model).double()(images.double())
+    selective = sparsenet.selectify(model, "stem", selector=SelectiveModule(6, 4), example_inputs=images)
+    assert next(selective.selector.parameters()).dtype == dtype
+    for backend in ("auto", "rows", "reference", "spconv"):
+        with sparsenet.use_mask(torch.ones(2, 1, 1, dtype=torch.bool)), sparsenet.use_backend(backend):
+            assert_as_good(selective(images), model(images), truth)
+
+
+def test_channels_last_models() -> None:
+    model = with_lively_norms(SmallNet()).to(memory_format=torch.channels_last)
+    images, mask = IMAGES.to(memory_format=torch.channels_last), blobs(2, (16, 20))
+    selective = sparsenet.selectify(model, "stem", selector=GivenMask(), example_inputs=images)
+    plain = sparsenet.selectify(
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format), "stem", selector=GivenMask(), example_inputs=IMAGES
+    )
+    for backend in ("auto", "rows", "reference", "spconv"):
+        with torch.no_grad(), sparsenet.use_mask(mask), sparsenet.use_backend(backend):
+            torch.testing.assert_close(selective(images), plain(IMAGES))
+
+
+def test_a_model_in_training_mode_keeps_it() -> None:
+    model = SmallNet().train()
+    before = snapshot(model)
+    selective = sparsenet.selectify(model, "stem", selector=SelectiveModule(6, 4), example_inputs=IMAGES)
+    assert "guided" in str(sparsenet.plan(selective))
+    assert all(module.training for module in selective.modules())
+    assert_unchanged(model, before)
+
+
+def test_boxes_where_the_stage_has_another_batch() -> None:
+    """A network that stacks two images into one batch before the stage."""
+
+    class Stacked(SmallNet):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.cat([x, y]))
+
+    images = torch.rand(1, 3, 16, 20)
+    selective = sparsenet.selectify(Stacked().eval(), "stem", selector=GivenMask(), example_inputs=(images, images))
+    with sparsenet.use_mask([torch.tensor([[1.0, 1, 5, 5]])] * 2), pytest.raises(ValueError, match="stage's map is of 2"):
+        selective(images, images)
+    with torch.no_grad(), sparsenet.use_mask(torch.ones(2, 1, 1, dtype=torch.bool)):
+        torch.testing.assert_close(selective(images, images)[:1], selective(images, images)[1:])
+
+
+def test_an_unknown_mean() -> None:
+    model = SmallNet()
+    with raises(ValueError, model, "mean must be 'all' (pixels of the map) or 'active', not 'some'"):
+        sparsenet.selectify(model, "stem", example_inputs=IMAGES, mean="some", inplace=True)
 
 
 def test_nhwc_stage_is_refused() -> None:

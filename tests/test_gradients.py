@@ -85,6 +85,18 @@ class Cube(torch.autograd.Function):
         return grad * 3 * x * x
 
 
+class Twice(torch.autograd.Function):
+    """A copy whose gradient counts twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
 class Flat(torch.autograd.Function):
     """Twice the input, by way of a shape that no feature map has."""
 
@@ -112,6 +124,33 @@ def add_in_place(net: Net, x: Tensor) -> Tensor:
     y += x
     y *= 2
     return y
+
+
+def last(net: Net, x: Tensor) -> Tensor:
+    """Channels last through a custom Function and a linear layer."""
+    x = Cube.apply(x.permute(0, 2, 3, 1))
+    return F.linear(x, net.inner.weight[:, :, 1, 1], net.inner.bias).permute(0, 3, 1, 2)
+
+
+def apart(net: Net, x: Tensor) -> Tensor:
+    """Channels in groups through custom Functions, and in another order."""
+    x = Cube.apply(x.view(len(x), 2, 3, *x.shape[2:]))
+    return Twice.apply(x.transpose(1, 2)).flatten(1, 2)
+
+
+def padded(net: Net, x: Tensor, mode: str = "constant") -> Tensor:
+    x = Twice.apply(F.pad(x, (2, 0, 1, 1), mode=mode))
+    return torch.tanh(F.conv2d(x, net.inner.weight, net.inner.bias))
+
+
+def write_by_views(net: Net, x: Tensor) -> Tensor:
+    """What is written to a part is in the graph of the whole, also where only the wrapper is."""
+    y = x.clone()
+    y[:, :2].mul_(2)
+    y = Cube.apply(y)
+    y[:, 2:4] = y[:, :2].sin()
+    y.permute(0, 2, 3, 1)[..., 4:].mul_(3)
+    return Cube.apply(y)
 
 
 def write_to_parts(net: Net, x: Tensor) -> Tensor:
@@ -164,6 +203,16 @@ OPS: dict[str, Op] = {
     "relu_": Op(lambda net, x: x.clone().relu_() + x),
     "+=": Op(add_in_place),
     "in-place, result unused": Op(write_to_parts),
+    "in-place, by views": Op(write_by_views),
+    "channels last": Op(last),
+    "channels last, checkpoint": Op(lambda net, x: checkpoint(last, net, x, use_reentrant=False)),
+    "channels apart": Op(apart),
+    "channels apart, checkpoint": Op(lambda net, x: checkpoint(apart, net, x, use_reentrant=False)),
+    "padded": Op(padded, spatial=True),
+    "padded by reflection": Op(lambda net, x: padded(net, x, "reflect"), spatial=True),
+    "padded by replication": Op(lambda net, x: padded(net, x, "replicate"), spatial=True),
+    "padded, checkpoint": Op(lambda net, x: checkpoint(padded, net, x, use_reentrant=False), spatial=True),
+    "padded, reentrant checkpoint": Op(lambda net, x: checkpoint(padded, net, x, use_reentrant=True), spatial=True),
     "an unknown operation": Op(lambda net, x: x.roll(1, 3), leaves=True),
 }
 
@@ -177,6 +226,7 @@ RAISES: dict[tuple[str, str, str], str] = {
     **{("scripted function", *case): THROUGH_MASK.format(r"aten\W+sin\S*") for case in FULL_OR_LIVE},
     ("scripted function, then a convolution", "inside", "live"): THROUGH_MASK.format(r"aten\W+sin\S*"),
     **{("reentrant checkpoint", place, "live"): FROM_FEATURES for place in ("entry", "inside")},
+    **{("padded, reentrant checkpoint", place, "live"): FROM_FEATURES for place in ("entry", "inside")},
     **{("reentrant pointwise", "entry", storage): FROM_FEATURES for storage in STORAGES},
 }
 
@@ -295,14 +345,19 @@ class Logits(nn.Module):
         return self.logits
 
 
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
 def test_the_mask_gets_gradient_where_it_is_off() -> None:
     """Multiplying by hard + (p - p.detach()) where features are read; pixels once switched off can return."""
     logits = torch.randn(2, 1, *SIZE, dtype=torch.float64)
-    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 2, 3, padding=1))
-    model = model.double()
+    convolutions = (nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 2, 3, padding=1))
+    model = nn.Sequential(*convolutions, Square()).double()
     images = torch.rand(2, 3, *SIZE, dtype=torch.float64)
     selective = sparsenet.selectify(model, "0", selector=Logits(logits.clone()), example_inputs=images[:0]).train()
-    found = selective(images).square().sum()
+    found = selective(images).sum()
     found.backward()
 
     by_hand = logits.clone().requires_grad_()
@@ -537,12 +592,12 @@ def test_hooks_on_features_raise(name: str, storage: str) -> None:
 
 WRITES = {
     "view": lambda x: x.view(-1).zero_(),
-    "permute": lambda x: x.permute(0, 2, 3, 1).mul_(2),
-    "slice": lambda x: x[:, :2].fill_(1),
-    "select": lambda x: x.select(1, 0).add_(1),
-    "detach": lambda x: x.detach().view(x.shape).zero_(),
-    "chunk": lambda x: x.chunk(2, 1)[1].sqrt_(),
+    "slice": lambda x: x[1:].fill_(1),
+    "select": lambda x: x.select(2, 0).add_(1),
+    "detach": lambda x: x.detach().view(-1).zero_(),
+    "chunk": lambda x: x.chunk(2, 3)[1].sqrt_(),
     "transpose": lambda x: x.transpose(2, 3)[0].zero_(),
+    "a part of a part": lambda x: x[:, :2].permute(0, 2, 3, 1)[0].mul_(2),
 }
 
 
@@ -577,13 +632,13 @@ def test_writing_to_a_copy_is_allowed() -> None:
         ("__setitem__", lambda net, x: x.__setitem__((0, 0), 1.0)),
         ("fill_", lambda net, x: x.fill_(1)),
         ("copy_", lambda net, x: x.copy_(torch.ones_like(x.view(x.shape)))),
-        ("dropout", lambda net, x: F.dropout2d(x, 0.5, inplace=True)),
+        ("feature_alpha_dropout", lambda net, x: F.feature_alpha_dropout(x, 0.5, inplace=True)),
         (
             "guided features do not take new .data",
             lambda net, x: setattr(x, "data", torch.ones(2, 6, *HALF, dtype=x.dtype)),
         ),
         ("torch.sin", lambda net, x: torch.sin(x, out=x)),
-        ("floor_divide_", lambda net, x: x.__ifloordiv__(2)),
+        ("squeeze_", lambda net, x: x.squeeze_()),
     ],
 )
 def test_in_place_operations_without_a_rule_raise(name: str, op: Any, storage: str) -> None:

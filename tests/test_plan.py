@@ -57,20 +57,24 @@ def test_steps_in_order() -> None:
     ]
     [left] = plan.exits
     assert (left.operation.name, left.operation.size) == ("Tensor.roll", (8, 10))
-    assert left.operation.reason == "no rule for this operation"
+    assert left.operation.reason == "moves pixels to other places"
 
 
 @pytest.mark.parametrize(
     ("operation", "name", "reason"),
     [
-        (lambda x: x.flip(3), "Tensor.flip", "no rule for this operation"),
+        (lambda x: x.flip(3), "Tensor.flip", "moves pixels to other places"),
         (lambda x: torch.cat([x, x], 0), "torch.cat", "concatenates over another dimension than channels"),
         (lambda x: torch.cat([x, torch.ones(2, 1, 4, 4)], 1), "torch.cat", "meets a tensor of another size"),
         (lambda x: F.max_pool2d(x, 2, return_indices=True), "F.max_pool2d_with_indices", "no rule"),
-        (lambda x: F.normalize(x, dim=2), "F.normalize", "normalises over another dimension than channels"),
+        (lambda x: F.normalize(x, dim=2), "F.normalize", "works over another dimension than channels"),
         (lambda x: x @ x.mT, "Tensor.mT", "no rule for this operation"),
-        (lambda x: x[:, :, :8, :8], "Tensor.__getitem__", "no rule"),
-        (lambda x: x.softmax(3), "Tensor.softmax", "no rule for this operation"),
+        (lambda x: x[:, :, 0], "Tensor.__getitem__", "takes one image or one line of pixels"),
+        (lambda x: x[:1], "Tensor.__getitem__", "takes some of the images"),
+        (lambda x: x.softmax(3), "Tensor.softmax", "works over another dimension than channels"),
+        (lambda x: x.flatten(2), "Tensor.flatten", "merges or splits pixels"),
+        (lambda x: F.max_pool2d(x.permute(0, 2, 3, 1), 2), "F.max_pool2d", "reads a map laid out as NHWC"),
+        (lambda x: F.relu(F.pad(x, (1, 1))), "F.relu", "reads a padded map"),
     ],
 )
 def test_exits_say_what_left_and_why(operation: object, name: str, reason: str) -> None:
@@ -105,7 +109,7 @@ def test_it_prints_as_a_table() -> None:
         ["down", "conv2d", "8x10", "guided", "0.1"],
         ["block.0", "conv2d", "8x10", "guided", "0.2"],
         ["Tensor.mean", "8x10", "reduction"],
-        ["Tensor.roll", "8x10", "exit", "no", "rule", "for", "this", "operation"],
+        ["Tensor.roll", "8x10", "exit", "moves", "pixels", "to", "other", "places"],
     ]
     starts = {
         line.index(word)
@@ -113,7 +117,10 @@ def test_it_prints_as_a_table() -> None:
     }
     assert len(starts) == 1  # columns stand under their heads
     assert all(line == line.rstrip() for line in lines)
-    assert lines[-1] == ("guided: 0.3 of 0.4 MMACs after the stage (88.2%); the network has 0.5 on the example input")
+    assert lines[-1] == (
+        "guided: 0.3 of 0.4 MMACs after the stage (88.2%), 88.2% of its convolutions' 0.4; "
+        "the network has 0.5 on the example input"
+    )
 
 
 def test_poolings_and_strides_resolve_to_module_paths() -> None:

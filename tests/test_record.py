@@ -85,18 +85,23 @@ def test_macs_of_groups_strides_and_points(backend: str) -> None:
         nn.Conv2d(8, 12, (3, 5), padding="same", groups=4),
         nn.Conv2d(12, 4, 1),
         nn.MaxPool2d(2),
-        nn.ConvTranspose2d(4, 4, 2, stride=2),  # no rule: it leaves, and runs dense
+        nn.ConvTranspose2d(4, 4, 2, stride=2),  # whose every output pixel meets one of its four taps
         nn.Conv2d(4, 2, 3),
+        nn.Flatten(2),  # it leaves
+        nn.Conv1d(2, 3, 1),  # and runs dense
     )
     model = selective(model, "0")
     mask = blobs(2, SIZE, seed=4)
     active, pixels = int(mask.sum()), 2 * 16 * 20
-    dense_tail = 2 * 8 * 10 * 4 * 4 * 4 + 2 * 14 * 18 * 4 * 2 * 9
+    inner = int(at_size(mask, (14, 18)).sum())
+    dense_tail = 2 * 14 * 18 * 2 * 3
     with sparsenet.record(model) as rec, sparsenet.use_mask(mask), sparsenet.use_backend(backend):
         model(IMAGES)
     stem = pixels * 3 * 8 * 9
-    assert rec.macs == stem + active * (2 * 12 * 15 + 12 * 4) + dense_tail
-    assert rec.dense_macs == stem + pixels * (2 * 12 * 15 + 12 * 4) + dense_tail
+    assert 0 < inner < 2 * 14 * 18
+    assert rec.macs == stem + active * (2 * 12 * 15 + 12 * 4 + 4 * 4) + inner * 4 * 2 * 9 + dense_tail
+    dense_inner = 2 * 14 * 18 * 4 * 2 * 9
+    assert rec.dense_macs == stem + pixels * (2 * 12 * 15 + 12 * 4 + 4 * 4) + dense_inner + dense_tail
     assert (
         rec.dense_macs
         == 2 * sparsenet.plan(selective(sparsenet.densify(model), "0", example_inputs=IMAGES[:1])).total_macs
@@ -251,7 +256,7 @@ def test_exits_are_recorded_with_their_reason() -> None:
         ("guided", "conv2d"),
         ("exit", "Tensor.flatten"),
     ]
-    assert rec.operations[1].reason == "no rule for this operation"
+    assert rec.operations[1].reason == "merges or splits pixels"
     assert rec.operations[1].size == (14, 18)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sparsenet
 from sparsenet.features import Features, MaskedFeatures
-from sparsenet.selection import Selection
+from sparsenet.selection import Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels, learned_octaves
 from tests import strategies
 from tests.helpers import STORAGES, assert_equal, assert_guided, guide, keep, select
@@ -135,7 +135,7 @@ def test_predicted_masks_meet_their_targets() -> None:
 def entered(live: bool) -> tuple[Features, Selection, list[Tensor], Tensor]:
     """Features as they enter, their selection, the logits of its two octaves, and the map itself."""
     levels, _ = learned((8, 8), 1, live=live)
-    selection = Selection(levels, 2, (8, 8), torch.device("cpu"), "auto", False, ())
+    selection = Selection(levels, 2, (8, 8), torch.device("cpu"), Options())
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     return MaskedFeatures.make(x, selection, (8, 8), full=True), selection, levels.octaves, x
 

@@ -1,5 +1,31 @@
 """What each kind of operation does to guided features: importing a module registers its rules."""
 
-from sparsenet.rules import combine, conv, metadata, norm, pointwise, pool, reduce
+from sparsenet.rules import (
+    channels,
+    combine,
+    conv,
+    exits,
+    linear,
+    metadata,
+    norm,
+    pointwise,
+    pool,
+    reduce,
+    resize,
+    shape,
+)
 
-__all__ = ["combine", "conv", "metadata", "norm", "pointwise", "pool", "reduce"]
+__all__ = [
+    "channels",
+    "combine",
+    "conv",
+    "exits",
+    "linear",
+    "metadata",
+    "norm",
+    "pointwise",
+    "pool",
+    "reduce",
+    "resize",
+    "shape",
+]

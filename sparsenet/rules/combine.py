@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.calls import is_in_place
 from sparsenet.features import Features, Leaves, rule
 
-_ARITHMETIC = "add sub mul div true_divide subtract multiply divide maximum minimum rsub pow"
-_OPERATORS = "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow"
+_ARITHMETIC = """
+    add sub mul div true_divide subtract multiply divide maximum minimum rsub pow fmax fmin remainder fmod floor_divide
+    atan2 hypot copysign addcmul addcdiv lerp where masked_fill clamp clip clamp_min clamp_max xlogy logaddexp
+    eq ne lt le gt ge not_equal less less_equal greater greater_equal logical_and logical_or logical_xor
+    bitwise_and bitwise_or bitwise_xor
+"""
+_OPERATORS = """
+    add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow ipow mod imod floordiv rfloordiv
+    eq ne lt le gt ge and rand iand or ror ior xor rxor ixor
+"""
 
 
 def _functions() -> list[Any]:
@@ -25,79 +34,87 @@ def common(parts: list[Any]) -> tuple[Features, bool]:
     """A feature map that speaks for all of `parts`, and whether their combination is full.
 
     Raises:
-        Leaves: when two belong to different selections or sizes, or a tensor is larger than the map.
+        Leaves: when two belong to different selections, sizes or forms, or a tensor is larger than the map.
     """
     guided = [part for part in parts if isinstance(part, Features)]
     first = guided[0]
-    for other in guided[1:]:
-        if other.selection is not first.selection:
+    for part in guided:
+        if part.form.padding is not None:
+            raise Leaves(part.form.description)
+        if part.selection is not first.selection:
             raise Leaves("meets features of another selection")
-        if other.grid != first.grid:
-            raise Leaves(f"meets features of another size, {other.grid[0]}x{other.grid[1]}")
+        if part.grid != first.grid:
+            raise Leaves(f"meets features of another size, {part.grid[0]}x{part.grid[1]}")
+        if part.form.order != first.form.order:
+            raise Leaves(f"meets features laid out otherwise, {first.form.order} and {part.form.order}")
+    order = first.form.order
+    lengths = {"N": first.selection.batch, "H": first.grid[0], "W": first.grid[1]}
     for part in parts:
         if isinstance(part, Tensor) and not isinstance(part, Features):
-            if part.dim() > 4:
-                raise Leaves("meets a tensor of more than four dimensions")
-            batch, _, *size = (1,) * (4 - part.dim()) + tuple(part.shape)
-            if batch not in (1, first.selection.batch):
-                raise Leaves("meets a tensor of another batch size")
-            if any(length not in (1, of) for length, of in zip(size, first.grid, strict=True)):
-                raise Leaves("meets a tensor of another size")
+            if part.dim() > len(order):
+                raise Leaves("meets a tensor of more dimensions")
+            for letter, length in zip(order[len(order) - part.dim() :], part.shape, strict=True):
+                if letter != "C" and length not in (1, lengths[letter]):
+                    raise Leaves(f"meets a tensor of another {'batch size' if letter == 'N' else 'size'}")
     return first, all(part.full for part in guided)
 
 
 def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
-    """As `common`, with every part as it combines with a value: full ones restricted where one is not full."""
+    """As `common`, with every part's cells as they combine: full ones restricted where one is not full."""
     first, full = common(parts)
-    values = []
+    cells = []
     for part in parts:
         if isinstance(part, Features):
-            values.append(part.value if full else part.restricted())
+            cells.append(part.cells(part.value if full else part.restricted()))
         elif isinstance(part, Tensor):
-            values.append(first.operand(part, full))
+            cells.append(first.operand(part, full))
         else:
-            values.append(part)
-    return first, full, values
+            cells.append(part)
+    return first, full, cells
 
 
-@rule(*_functions())
-def arithmetic(func: Any, input: Any, other: Any = None, **kwargs: Any) -> Features:
-    other = kwargs.pop("exponent", other)
+def made(first: Features, cells: Tensor, full: bool, parts: list[Any]) -> Features:
+    """Features of cells that were combined of `parts`."""
+    live = any(part._live for part in parts if isinstance(part, Features))
+    form = first.form.with_channels(cells.shape[1:-2])
+    return type(first).make(first.packed(cells), first.selection, first.grid, full=full, live=live, form=form)
+
+
+@rule(*_functions(), any_form=True)
+def arithmetic(func: Any, *args: Any, **kwargs: Any) -> Features:
+    """Operations on each pixel's numbers by themselves, of one to three maps, tensors and numbers."""
     if kwargs.get("out") is not None:
         raise Leaves("writes to an `out` tensor")
-    in_place = _in_place(func)
-    if in_place and not isinstance(input, Features):
+    tensors = [*args, *kwargs.values()]
+    in_place = is_in_place(func, args, kwargs)
+    if in_place and not isinstance(tensors[0], Features):
         raise Leaves("writes into an ordinary tensor")
-    first, full, (left, right) = aligned([input, other])
-    if in_place and left is not input._value:
-        left = left.clone()  # neither a view nor rows that others hold
-    value = func(left, right, **kwargs)
-    if value is NotImplemented:
-        return value
+    if func is torch.where and len(tensors) == 1:
+        raise Leaves("gives the places of pixels")
+    first, full, cells = aligned(tensors)
     if in_place:
-        return input.replace(value, full)
-    return type(first).make(value, first.selection, first.grid, full=full, live=_live([input, other]))
+        own = first.value if full else first.restricted()
+        own = own if own is first._value else own.clone()  # neither a view nor rows that others hold
+        cells[0] = first.cells(own)
+    count = len(args)
+    result = func(*cells[:count], **dict(zip(kwargs, cells[count:], strict=True)))
+    if result is NotImplemented:
+        return result
+    return first.replace(own, full) if in_place else made(first, result, full, tensors)
 
 
-def _in_place(func: Any) -> bool:
-    name = func.__name__
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _live(parts: list[Any]) -> bool:
-    return any(part._live for part in parts if isinstance(part, Features))
-
-
-@rule(torch.cat, torch.concat, torch.concatenate)
+@rule(torch.cat, torch.concat, torch.concatenate, any_form=True)
 def cat(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Features:
     dim = kwargs.pop("axis", dim)
     if kwargs.get("out") is not None:
         raise Leaves("writes to an `out` tensor")
-    if dim not in (1, -3):
-        raise Leaves("concatenates over another dimension than channels")
     tensors = list(tensors)
     first, _ = common(tensors)
-    if any(tuple(part.shape[2:]) != first.grid or part.shape[0] != first.selection.batch for part in tensors):
+    form = first.form
+    if any(part.dim() != first.dim() for part in tensors) or form.letters([dim]) != "C":
+        raise Leaves("concatenates over another dimension than channels")
+    others = [each for each, letter in enumerate(form.order) if letter != "C"]
+    if any(part.shape[each] != first.shape[each] for part in tensors for each in others):
         raise Leaves("concatenates maps of different sizes")
-    _, full, values = aligned(tensors)
-    return type(first).make(func(values, dim=1), first.selection, first.grid, full=full, live=_live(tensors))
+    _, full, cells = aligned(tensors)
+    return made(first, func(cells, dim=form.cell_dim(dim)), full, tensors)

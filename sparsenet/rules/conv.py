@@ -1,10 +1,10 @@
-"""Convolution over active sites."""
+"""Convolution over active sites, transposed convolution among it."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sparsenet import backends
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
+from sparsenet.form import Padding
 from sparsenet.selection import Operation
-from sparsenet.sites import Pair, Window
+from sparsenet.sites import Pair, TransposedWindow, Window
 
 
 def pair(value: Any) -> Pair:
@@ -24,7 +25,18 @@ def pair(value: Any) -> Pair:
     return int(first), int(rest[0] if rest else first)
 
 
-@rule(F.conv2d, torch.conv2d)
+Pads = tuple[Pair, Pair]  # ((top, bottom), (left, right))
+
+
+class Geometry(NamedTuple):
+    """Where a convolution reads: its window, what is padded, and the size of its output."""
+
+    window: Window
+    pads: Pads
+    out_grid: Pair
+
+
+@rule(F.conv2d, torch.conv2d, any_form=True)
 def conv2d(
     func: Any,
     input: Features,
@@ -59,65 +71,107 @@ def masked_conv2d(
     the output's active pixels. SCN (arXiv 2002.01205), section 3: im2col, select rows, matrix product.
 
     Args:
-        x: (N, C, H, W).
+        x: (N, C, H, W), padded or not.
         weight: (O, C / groups, kh, kw); the other arguments are those of `torch.nn.Conv2d`.
         backend: the layer's own choice; `use_backend` goes before it, the selection's comes after.
         fill: what the result holds at inactive pixels when it leaves the region, (O,).
+
+    Raises:
+        Leaves: for another form, and for padding that two sides disagree about.
     """
-    window, pads, out_grid = _geometry(
-        x.grid,
-        pair(weight.shape[2:]),
-        pair(stride),
-        padding if isinstance(padding, str) else pair(padding),
-        pair(dilation),
-        padding_mode,
+    if x.form.order != "NCHW":
+        raise Leaves(x.form.description)
+    kernel, dilation = pair(weight.shape[2:]), pair(dilation)
+    pads = _pads(padding if isinstance(padding, str) else pair(padding), kernel, dilation)
+    if x.form.padding is not None:
+        pads, padding_mode = _joined(x.form.padding, pads, padding_mode)
+    geometry = _geometry(x.grid, kernel, pair(stride), pads, dilation, padding_mode)
+
+    def dense(read: Tensor) -> Tensor:
+        (top, bottom), (left, right) = pads
+        padding = (top, left)
+        if padding_mode != "zeros" or (bottom, right) != padding or min(padding) < 0:
+            read, padding = Padding(top, bottom, left, right, padding_mode).apply(read), (0, 0)
+        return F.conv2d(read, weight, bias, geometry.window.stride, padding, dilation, groups)
+
+    per_site = weight.shape[1] * geometry.window.taps * weight.shape[0]
+    return _convolution("conv2d", x, weight, bias, groups, geometry, dense, per_site, backend, fill)
+
+
+@rule(F.conv_transpose2d, torch.conv_transpose2d)
+def conv_transpose2d(
+    func: Any,
+    input: Features,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Features:
+    """Computed at the active sites of the finer size: a convolution whose taps find an input pixel or none."""
+    x = input
+    if not isinstance(input, Features) or isinstance(weight, Features) or isinstance(bias, Features):
+        raise Leaves("its weight is a feature map")
+    inputs, outputs, *kernel = weight.shape
+    steps, pads, more, spread = pair(stride), pair(padding), pair(output_padding), pair(dilation)
+    window = TransposedWindow(pair(kernel), steps, pads, spread)
+    height, width = (
+        (size - 1) * by - 2 * pad + step * (taps - 1) + extra + 1
+        for size, by, pad, step, taps, extra in zip(x.grid, steps, pads, spread, kernel, more, strict=True)
     )
-    selection = x.selection
-    if not selection.observers:
-        return _convolve(x, weight, bias, groups, window, pads, out_grid, backend, fill)[0]
-    with ExitStack() as uncounted:
-        for observer in selection.observers:
-            uncounted.enter_context(observer.uncounted())
-        result, name, reason = _convolve(x, weight, bias, groups, window, pads, out_grid, backend, fill)
-        macs_per_site = weight.shape[1] * weight.shape[0] * window.taps
-        macs = len(selection.sites(out_grid)) * macs_per_site
-        dense_macs = selection.batch * out_grid[0] * out_grid[1] * macs_per_site
-    selection.report(Operation("conv2d", "guided", out_grid, macs, dense_macs, name, reason))
-    return result
+    if height < 1 or width < 1:
+        raise RuntimeError(f"the transposed convolution of a map {x.grid} would be of size {height}x{width}")
+    if any(extra >= max(by, step) for extra, by, step in zip(more, steps, spread, strict=True)):
+        raise RuntimeError("output padding must be smaller than either stride or dilation")
+
+    def dense(read: Tensor) -> Tensor:
+        return F.conv_transpose2d(read, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    apart = weight.view(groups, inputs // groups, outputs, *kernel)
+    swapped = apart.transpose(1, 2).reshape(groups * outputs, inputs // groups, *kernel)
+    per_site = weight.numel() / (steps[0] * steps[1])  # so many taps, on average, meet an input pixel
+    geometry = Geometry(window, ((pads[0], pads[0]), (pads[1], pads[1])), (height, width))
+    return _convolution("conv_transpose2d", x, swapped, bias, groups, geometry, dense, per_site, "auto", None)
 
 
-def _convolve(
+def _convolution(
+    name: str,
     x: Features,
     weight: Tensor,
     bias: Tensor | None,
     groups: int,
-    window: Window,
-    pads: tuple[Pair, Pair],
-    out_grid: Pair,
+    geometry: Geometry,
+    dense: Callable[[Tensor], Tensor],
+    macs_per_site: float,
     backend: str,
     fill: Tensor | None,
-) -> tuple[Features, str, str | None]:
-    """The result, the backend that computed it, and why it is not the one asked for, if it is not."""
-    selection = x.selection
-    asked = selection.backend if backend == "auto" else backend
-    if isinstance(x, SparseFeatures) and not (asked == "auto" and _everything_is_active(x, out_grid)):
-        name, reason = backends.choose(asked, weight, groups)
-        if window.pointwise:
+) -> Features:
+    """A convolution by rows, or `dense`, which is the same of an ordinary map, where that is asked for or better."""
+    selection, (window, _, out_grid) = x.selection, geometry
+    used: tuple[str, str | None] = ("reference", None)
+
+    def operation() -> Operation:
+        macs = round(len(selection.sites(out_grid)) * macs_per_site)
+        all_macs = round(selection.batch * out_grid[0] * out_grid[1] * macs_per_site)
+        return Operation(name, "guided", out_grid, macs, all_macs, *used)
+
+    with selection.reporting(operation):
+        asked = selection.options.backend if backend == "auto" else backend
+        if isinstance(x, MaskedFeatures):
+            return MaskedFeatures.make(dense(x.read(name)), selection, out_grid, full=False, fill=fill)
+        assert isinstance(x, SparseFeatures)
+        if asked == "auto" and _everything_is_active(x, out_grid):
+            used = ("dense", None)
+            return SparseFeatures.of_rows(as_rows(dense(x.whole())), selection, out_grid, fill=fill)
+        used = backends.choose(asked, weight, groups)
+        if window.pointwise and out_grid == x.grid:
             kernel_map, rows = None, as_rows(x.restricted())
         else:
             kernel_map, rows = selection.kernel_map(x.grid, x.full, window, out_grid), x.surrounded()
-        out = backends.convolve(name, rows, weight, bias, groups, kernel_map)
-        return SparseFeatures.of_rows(out, selection, out_grid, fill=fill), name, reason
-    read = x.read("conv2d") if isinstance(x, MaskedFeatures) else x.whole()
-    (top, bottom), (left, right) = pads
-    padding = (top, left)
-    if window.padding_mode != "zeros" or (bottom, right) != padding:
-        mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
-        read, padding = F.pad(read, (left, right, top, bottom), mode=mode), (0, 0)
-    value = F.conv2d(read, weight, bias, window.stride, padding, window.dilation, groups)
-    if isinstance(x, MaskedFeatures):
-        return MaskedFeatures.make(value, selection, out_grid, full=False, fill=fill), "reference", None
-    return SparseFeatures.of_rows(as_rows(value), selection, out_grid, fill=fill), "dense", None
+        out = backends.convolve(used[0], rows, weight, bias, groups, kernel_map)
+        return SparseFeatures.of_rows(out, selection, out_grid, fill=fill)
 
 
 def _everything_is_active(x: SparseFeatures, out_grid: Pair) -> bool:
@@ -129,11 +183,7 @@ def _everything_is_active(x: SparseFeatures, out_grid: Pair) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _geometry(
-    grid: Pair, kernel: Pair, stride: Pair, padding: Any, dilation: Pair, padding_mode: str
-) -> tuple[Window, tuple[Pair, Pair], Pair]:
-    """The window, what is padded as ((top, bottom), (left, right)), and the output's size."""
-    pads = _pads(padding, kernel, dilation)
+def _geometry(grid: Pair, kernel: Pair, stride: Pair, pads: Pads, dilation: Pair, padding_mode: str) -> Geometry:
     height, width = (
         (size + sum(pad) - step * (taps - 1) - 1) // by + 1
         for size, pad, step, taps, by in zip(grid, pads, dilation, kernel, stride, strict=True)
@@ -143,11 +193,21 @@ def _geometry(
     narrower = {"reflect": 1, "circular": 0}.get(padding_mode)  # than the map, by how much padding must be
     if narrower is not None and any(max(pad) > size - narrower for size, pad in zip(grid, pads, strict=True)):
         raise RuntimeError(f"{padding_mode} padding of {pads} is too wide for the map {grid}")
-    return Window(kernel, stride, (pads[0][0], pads[1][0]), dilation, padding_mode), pads, (height, width)
+    return Geometry(Window(kernel, stride, (pads[0][0], pads[1][0]), dilation, padding_mode), pads, (height, width))
 
 
-def _pads(padding: Any, kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
-    """((top, bottom), (left, right)) of a `padding` argument."""
+def _joined(around: Padding, pads: Pads, padding_mode: str) -> tuple[Pads, str]:
+    """What is around a map already, and a convolution's own padding, as one."""
+    (top, bottom), (left, right) = pads
+    if around.mode == "zeros" and around.value != 0:
+        raise Leaves("reads a map padded by another number than zero")
+    if any(pads[0] + pads[1]) and (around.crops or (around.mode, padding_mode) != ("zeros", "zeros")):
+        raise Leaves("pads a padded map in another way")
+    return ((around.top + top, around.bottom + bottom), (around.left + left, around.right + right)), around.mode
+
+
+def _pads(padding: Any, kernel: Pair, dilation: Pair) -> Pads:
+    """What a `padding` argument puts around a map."""
     if padding == "valid":
         return (0, 0), (0, 0)
     if padding == "same":

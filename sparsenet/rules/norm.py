@@ -1,4 +1,4 @@
-"""Normalisation over channels, and batch normalisation with the statistics of active pixels."""
+"""Normalisation by statistics: of the batch's active pixels, of each image's map, of neighbouring channels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from sparsenet.features import Features, Leaves, SparseFeatures, as_rows, rule
+from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 
 
 @rule(F.batch_norm)
@@ -69,11 +69,73 @@ def active_rows(x: Features) -> Tensor:
     return value.permute(0, 2, 3, 1)[x.selection.sites(x.grid).mask]
 
 
-@rule(F.normalize)
-def normalize(func: Any, x: Features, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Features:
-    if out is not None or dim not in (1, -3):
-        raise Leaves("normalises over another dimension than channels")
-    return x.like(func(x.value, p, 1, eps))
+@rule(F.group_norm, torch.group_norm)
+def group_norm(
+    func: Any,
+    input: Features,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *unused: Any,
+) -> Features:
+    """Statistics of each image's whole map, zeros at inactive pixels included: exactly the dense operation's."""
+    if not isinstance(input, Features):
+        raise Leaves("its weight is a feature map")
+    if input.shape[1] % num_groups:
+        raise RuntimeError(f"{input.shape[1]} channels cannot be normalised in {num_groups} groups")
+    return _by_image(input, num_groups, weight, bias, eps)
+
+
+@rule(F.instance_norm, torch.instance_norm)
+def instance_norm(
+    func: Any,
+    input: Features,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *unused: Any,
+) -> Features:
+    if not use_input_stats:
+        return batch_norm(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None and running_var is not None:
+        raise Leaves("keeps running statistics of whole maps")
+    return _by_image(input, input.shape[1], weight, bias, eps)
+
+
+def _by_image(x: Features, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Features:
+    if isinstance(x, MaskedFeatures):
+        value = F.group_norm(x.read("group_norm"), groups, weight, bias, eps)
+        return MaskedFeatures.make(value, x.selection, x.grid, full=False)
+    assert isinstance(x, SparseFeatures)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    pixels, means, variances = x.grid[0] * x.grid[1], [], []
+    for rows in x.rows.to(dtype).split(x.sites.counts):
+        rows = rows.unflatten(1, (groups, -1))
+        size = pixels * rows.shape[2]
+        mean = rows.sum((0, 2)) / size
+        missing = size - len(rows) * rows.shape[2]  # zeros, each of which deviates by the mean
+        deviation = (rows - mean[:, None]).square().sum((0, 2)) + missing * mean.square()
+        means.append(mean)
+        variances.append(deviation / size)
+    each = x.shape[1] // groups
+    mean, var = (torch.stack(found).repeat_interleave(each, 1) for found in (means, variances))
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    rows = as_rows(x.restricted())
+    image = x.selection.sites(x.grid).image
+    scale, shift = (each if len(each) == 1 else each.index_select(0, image) for each in (scale, shift))
+    return SparseFeatures.of_rows((rows * scale + shift).to(x.dtype), x.selection, x.grid)
+
+
+@rule(F.local_response_norm)
+def local_response_norm(func: Any, input: Features, *args: Any, **kwargs: Any) -> Features:
+    """Over neighbouring channels, each pixel by itself."""
+    return input.like(func(input.value, *args, **kwargs))
 
 
 @rule(torch.batch_norm_stats)

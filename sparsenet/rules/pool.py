@@ -14,24 +14,57 @@ from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window
 
 
-def _window(
-    pool: Callable[[Tensor], Tensor], x: Features, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1
-) -> tuple[Window, Pair]:
-    """The window of a pooling operation, and the size of its output, which PyTorch tells, and whether it is allowed."""
-    kernel = pair(kernel_size)
-    stride = kernel if stride is None or stride == [] else pair(stride)
-    _, _, height, width = pool(torch.empty(1, 1, *x.grid, device="meta")).shape
-    return Window(kernel, stride, pair(padding), pair(dilation)), (height, width)
+class _Pooling:
+    """A pooling operation on a map, padded or not: its window, its output's size, and what it reads beyond the map.
+
+    `outside` is what the operation's own padding holds.
+    """
+
+    def __init__(
+        self,
+        pool: Callable[[Tensor], Tensor],
+        x: Features,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        ceil_mode: bool,
+        outside: float,
+    ):
+        if x.form.order != "NCHW":
+            raise Leaves(x.form.description)
+        around = x.form.padding
+        own, mode = pair(padding), "zeros"
+        if around is not None:
+            if around.mode == "zeros" and around.value != outside and (ceil_mode or outside == 0):
+                raise Leaves("pools a map padded by another number")
+            if (own != (0, 0) or ceil_mode) and (around.crops or around.mode != "zeros" or around.value != outside):
+                raise Leaves("pads a padded map in another way")
+            mode, outside = around.mode, around.value if around.mode == "zeros" else outside
+        self.pool, self.around, self.x, self.outside = pool, around, x, outside
+        self.padded = x.grid if around is None else around.around(x.grid)
+        _, _, height, width = pool(torch.empty(1, 1, *self.padded, device="meta")).shape
+        self.out_grid: Pair = (height, width)
+        kernel = pair(kernel_size)
+        by = kernel if stride is None or stride == [] else pair(stride)
+        self.own = Window(kernel, by, own, pair(dilation))
+        top, left = (0, 0) if around is None else (around.top, around.left)
+        self.window = Window(kernel, by, (own[0] + top, own[1] + left), pair(dilation), mode)
+
+    def dense(self, read: Tensor) -> Features:
+        """In the dense storage."""
+        read = read if self.around is None else self.around.apply(read)
+        return MaskedFeatures.make(self.pool(read), self.x.selection, self.out_grid, full=False)
+
+    def columns(self) -> Tensor:
+        """What each output site reads, (n_out, taps, C): rows, zeros for inactive pixels, `outside` beyond the map."""
+        assert isinstance(self.x, SparseFeatures)
+        kernel_map = self.x.selection.kernel_map(self.x.grid, self.x.full, self.window, self.out_grid)
+        rows = self.x.surrounded(self.outside)
+        return rows.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
 
 
-def _columns(x: SparseFeatures, window: Window, out_grid: Pair, outside: float) -> Tensor:
-    """What each output site reads, (n_out, taps, C): rows, zeros for inactive pixels, `outside` beyond the image."""
-    kernel_map = x.selection.kernel_map(x.grid, x.full, window, out_grid)
-    rows = x.surrounded(outside)
-    return rows.index_select(0, kernel_map.table.view(-1)).view(-1, window.taps, rows.shape[1])
-
-
-@rule(F.max_pool2d, torch.max_pool2d)
+@rule(F.max_pool2d, torch.max_pool2d, any_form=True)
 def max_pool2d(
     func: Any,
     input: Features,
@@ -49,17 +82,16 @@ def max_pool2d(
     def pool(dense: Tensor) -> Tensor:
         return F.max_pool2d(dense, kernel_size, stride, padding, dilation, ceil_mode)
 
-    window, out_grid = _window(pool, x, kernel_size, stride, padding, dilation)
+    pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf)
     if isinstance(x, MaskedFeatures):
-        return MaskedFeatures.make(pool(x.read("max_pool2d")), x.selection, out_grid, full=False)
-    assert isinstance(x, SparseFeatures)
-    columns = _columns(x, window, out_grid, outside=-torch.inf)
+        return pooling.dense(x.read("max_pool2d"))
+    columns = pooling.columns()
     # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
     rows = columns.max(1).values if columns.requires_grad else columns.amax(1)
-    return SparseFeatures.of_rows(rows, x.selection, out_grid)
+    return SparseFeatures.of_rows(rows, x.selection, pooling.out_grid)
 
 
-@rule(F.avg_pool2d)
+@rule(F.avg_pool2d, any_form=True)
 def avg_pool2d(
     func: Any,
     input: Features,
@@ -75,13 +107,13 @@ def avg_pool2d(
     def pool(dense: Tensor) -> Tensor:
         return F.avg_pool2d(dense, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
-    window, out_grid = _window(pool, x, kernel_size, stride, padding)
+    pooling = _Pooling(pool, x, kernel_size, stride, padding, 1, ceil_mode, outside=0.0)
     if isinstance(x, MaskedFeatures):
-        return MaskedFeatures.make(pool(x.read("avg_pool2d")), x.selection, out_grid, full=False)
-    assert isinstance(x, SparseFeatures)
-    sums = _columns(x, window, out_grid, outside=0.0).sum(1)
+        return pooling.dense(x.read("avg_pool2d"))
+    sums = pooling.columns().sum(1)
     # What a window divides by depends on its place alone: the sum of its counts over the average of ones.
-    area = divisor_override or _areas(x.grid, window, out_grid, count_include_pad, sums.device)
+    out_grid = pooling.out_grid
+    area = divisor_override or _areas(pooling.padded, pooling.own, out_grid, count_include_pad, sums.device)
     if isinstance(area, Tensor):
         place = x.selection.sites(out_grid).index % (out_grid[0] * out_grid[1])
         area = area.flatten().index_select(0, place)[:, None].to(sums.dtype)

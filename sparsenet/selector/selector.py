@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsenet import context
-from sparsenet.features import Features, MaskedFeatures, SparseFeatures
+from sparsenet.features import Features, enter
 from sparsenet.regions import Frame
-from sparsenet.selection import Levels, Selection
+from sparsenet.selection import Levels, Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
 
 if TYPE_CHECKING:
@@ -47,19 +48,17 @@ class Selector(nn.Module):
     Args:
         module: features (N, C, H, W) to logits (N, 1, H, W), such as a `SelectiveModule`.
         octaves: how many learned downsamplings of the saliency the network needs.
-        backend: how masked convolutions run; see `sparsenet.use_backend`.
-        strict: raise where features leave the guided region.
+        options: what `selectify` was told.
     """
 
     threshold = 0.5
     plan: Plan
 
-    def __init__(self, module: nn.Module, octaves: int, backend: str = "auto", strict: bool = False):
+    def __init__(self, module: nn.Module, octaves: int, options: Options = Options()):  # noqa: B008 - frozen
         super().__init__()
         self.module = module
         self.down = nn.ModuleDict({str(k): _downsampler() for k in range(1, octaves + 1)})
-        self.backend = backend
-        self.strict = strict
+        self.options = options
 
     def forward(self, x: Any) -> Any:
         return x
@@ -77,18 +76,16 @@ class Selector(nn.Module):
                 selecting.enter_context(observer.selecting())
             levels = self._levels(features)
         live = isinstance(levels, LearnedLevels) and levels.live
-        backend = settings.backend or self.backend
+        backend = settings.backend or self.options.backend
         if live and backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"the {backend} backend gives the mask no gradient, and this pass trains the mask by its effect: use "
                 "backend='reference' or 'auto', or direct supervision (sparsenet.train.direct)"
             )
         size = (features.shape[2], features.shape[3])
-        selection = Selection(levels, len(features), size, features.device, backend, self.strict, observers)
-        if live or backend == "reference":
-            return MaskedFeatures.make(features, selection, size, full=True)
-        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-        return SparseFeatures.of_rows(rows, selection, size, full=True)
+        options = replace(self.options, backend=backend)
+        selection = Selection(levels, len(features), size, features.device, options, observers, self, live)
+        return enter(features, selection)
 
     def _levels(self, features: Tensor) -> Levels:
         settings = context.current()

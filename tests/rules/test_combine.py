@@ -239,7 +239,7 @@ def test_spellings_of_concatenation(storage: str, concatenate: Callable[[list[Te
 
 
 def other_selection(x: Tensor, selection: Selection) -> Tensor:
-    return guide(x, select(torch.ones_like(selection.sites((4, 4)).mask), selection.backend))
+    return guide(x, select(torch.ones_like(selection.sites((4, 4)).mask), selection.options.backend))
 
 
 LEAVING: dict[str, tuple[Callable[[Features], Any], str]] = {
@@ -252,7 +252,7 @@ LEAVING: dict[str, tuple[Callable[[Features], Any], str]] = {
         "meets features of another size, 1x1",
     ),
     "a larger tensor": (lambda x: F.avg_pool2d(x, 4) * torch.ones(4, 4).double(), "meets a tensor of another size"),
-    "another batch": (lambda x: F.avg_pool2d(x, 4) + torch.ones(5, 2, 1, 1, 1).double(), "more than four dimensions"),
+    "another batch": (lambda x: F.avg_pool2d(x, 4) + torch.ones(5, 2, 1, 1, 1).double(), "of more dimensions"),
     "cat over the batch": (lambda x: torch.cat([x, x]), "concatenates over another dimension than channels"),
     "cat over space": (lambda x: torch.cat([x, x], 2), "concatenates over another dimension than channels"),
     "cat of two selections": (

@@ -127,7 +127,7 @@ def test_normalize_over_space_leaves_the_region(storage: str, dim: int) -> None:
     assert_equal(result, F.normalize(keep(x, mask), dim=dim))
     (operation,) = record.operations
     assert (operation.name, operation.status) == ("F.normalize", "exit")
-    assert operation.reason == "normalises over another dimension than channels"
+    assert operation.reason == "works over another dimension than channels"
 
 
 @every_storage

@@ -1,0 +1,149 @@
+"""What torchvision's detectors share: the transform of their images, and the anchors of ignored locations."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from sparsenet import context
+from sparsenet.adapters import Adapter
+from sparsenet.features import Features
+from sparsenet.regions import Frame
+
+# A logit whose softmax beside 0 and whose sigmoid are exactly zero, in float16 too.
+NEVER = -1e4
+
+# The maps of the current pass that the detection head reads.
+_sources: ContextVar[list[Tensor]] = ContextVar("sparsenet.detection_sources")
+
+
+class Detector(Adapter):
+    """A detector with torchvision's transform and backbone; each family adds its heads."""
+
+    def methods(self, model: Any) -> list[tuple[nn.Module, str, Any]]:
+        """Methods that the family computes otherwise: their module, their name, and what stands in for them."""
+        return []
+
+    def example_inputs(self, model: Any) -> list[Tensor]:
+        """One image of the size that the network sees: the transform's fixed size, or a square of its shorter side."""
+        transform, parameter = model.transform, next(model.parameters())
+        side = min(transform.min_size[-1], transform.max_size)
+        width, height = transform.fixed_size or (side, side)
+        return [torch.rand(3, height, width, device=parameter.device, dtype=parameter.dtype)]
+
+    def attach(self, model: Any) -> None:
+        model.transform.register_forward_hook(TransformHook())
+        model.backbone.register_forward_hook(SourcesHook())
+        model.register_forward_hook(ForgetHook(), always_call=True)
+        for module, name, stand_in in self.methods(model):
+            setattr(module, name, stand_in)
+
+    def detach(self, model: Any) -> None:
+        for module in (model.transform, model.backbone, model):
+            remove_hooks(module, TransformHook, SourcesHook, ForgetHook)
+        for module, name, _ in self.methods(model):
+            delattr(module, name)
+
+
+def remove_hooks(module: nn.Module, *kinds: type) -> None:
+    """Take a module's forward hooks of these classes off."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, kinds):
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+class TransformHook:
+    """Forward hook of a detector's transform: where it has put the images."""
+
+    def __call__(self, module: nn.Module, args: Any, output: tuple[ImageList, Any]) -> None:
+        images, frame = output[0], context.frame()
+        if frame is not None:
+            height, width = images.tensors.shape[-2:]
+            context.set_frame(Frame(frame.originals, list(images.image_sizes), (height, width)))
+
+
+class SourcesHook:
+    """Forward hook of the backbone: keeps the maps that the head will read."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor | dict[str, Tensor]) -> None:
+        _sources.set([output] if isinstance(output, Tensor) else list(output.values()))
+
+
+class ForgetHook:
+    """Forward hook of the detector, called after an error too: its maps are not kept beyond the pass."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        _sources.set([])
+
+
+def active_anchors(generator: Any, batch: int) -> Tensor | None:
+    """Which anchors count in the current pass.
+
+    Where the mask is trained by its effect (indirect supervision) every anchor counts: dropping the ignored ones
+    would reward masking everything.
+
+    Args:
+        generator: the detector's anchor generator, whose anchors are in the order map, row, column, shape.
+        batch: images of the pass.
+
+    Returns:
+        Bool (N, anchors), true for those of active locations, or `None` where all count.
+    """
+    sources = _sources.get([])
+    guided = [source for source in sources if isinstance(source, Features)]
+    if not guided or any(source.gate_is_live() for source in guided):
+        return None
+    parts = []
+    for source, anchors in zip(sources, generator.num_anchors_per_location(), strict=True):
+        if isinstance(source, Features):
+            mask = source.selection.mask(source.grid).flatten(1)
+        else:
+            mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
+        parts.append(mask.repeat_interleave(anchors, 1))
+    return torch.cat(parts, 1)
+
+
+@dataclass(eq=False)
+class ActiveLoss:
+    """The own `compute_loss` of a model or its head, without the anchors of ignored locations: these are neither
+    positive nor negative, are not mined, and do not count in the normaliser (detectors that match first and ignore
+    then never turn a matched anchor into background). For losses that are a sum over the anchors of a batch, divided
+    by its positives: each image's is computed by itself, on the anchors that remain.
+
+    Attributes:
+        model: the detector.
+        owner: the module whose method it stands in for.
+    """
+
+    model: Any
+    owner: nn.Module
+
+    def __call__(
+        self, targets: list[Any], outputs: dict[str, Tensor], anchors: list[Tensor], matched: list[Tensor]
+    ) -> dict[str, Tensor]:
+        compute: Any = type(self.owner).compute_loss  # type: ignore[attr-defined]
+        active = active_anchors(self.model.anchor_generator, len(anchors))
+        if active is None:
+            return compute(self.owner, targets, outputs, anchors, matched)
+        total: dict[str, Tensor] = {}
+        positives = 0
+        for image, keep in enumerate(active):
+            kept = matched[image][keep]
+            found = int((kept >= 0).sum())
+            positives += found
+            losses = compute(
+                self.owner,
+                targets[image : image + 1],
+                {name: output[image : image + 1, keep] for name, output in outputs.items()},
+                [anchors[image][keep]],
+                [kept],
+            )
+            for name, loss in losses.items():  # each comes divided by its own image's positives
+                total[name] = total.get(name, torch.zeros_like(loss)) + loss * max(1, found)
+        return {name: loss / max(1, positives) for name, loss in total.items()}

@@ -1,0 +1,63 @@
+"""Operations over channels, each pixel by itself: softmax, L2 normalisation, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet.features import Features, Leaves, rule
+
+# Where each function has its argument `dim`, counted from the map, and what it is by default.
+_PLACES: dict[Any, tuple[int, int | None]] = {
+    torch.softmax: (1, None),
+    Tensor.softmax: (1, None),
+    F.softmax: (1, None),
+    torch.log_softmax: (1, None),
+    Tensor.log_softmax: (1, None),
+    F.log_softmax: (1, None),
+    F.softmin: (1, None),
+    F.glu: (1, -1),
+    F.normalize: (2, 1),
+    torch.cumsum: (1, None),
+    Tensor.cumsum: (1, None),
+    torch.cumprod: (1, None),
+    Tensor.cumprod: (1, None),
+}
+
+
+@rule(*_PLACES, any_form=True)
+def channelwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Any:
+    place, default = _PLACES[func]
+    if not isinstance(input, Features) or kwargs.get("out") is not None:
+        raise Leaves("writes to an `out` tensor")
+    dim = args[place - 1] if len(args) >= place else kwargs.get("dim", default)
+    if not isinstance(dim, int):
+        raise Leaves("works over dimensions that it does not name")
+    if input.form.padding is not None or input.form.letters([dim]) != "C":
+        raise Leaves("works over another dimension than channels")
+    return over_channels(func, input, dim, place - 1, args, kwargs)
+
+
+def over_channels(
+    func: Any, x: Features, dim: int | Sequence[int], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a function of channel dimensions, named at `place` of its arguments, on each pixel's channels."""
+    form, dims = x.form, [dim] if isinstance(dim, int) else dim
+    cell_dims = form.cell_dim(dim) if isinstance(dim, int) else [form.cell_dim(each) for each in dim]
+    if len(args) > place:
+        args = (*args[:place], cell_dims, *args[place + 1 :])
+    else:
+        kwargs = {name: value for name, value in kwargs.items() if name != "axis"} | {"dim": cell_dims}
+    cells = x.cells(x.value)
+    results = func(cells, *args, **kwargs)
+    found = []
+    for result in results if isinstance(results, tuple) else [results]:
+        kept = form if result.dim() == cells.dim() else form.without(dims)
+        found.append(x.like(x.packed(result), form=kept.with_channels(result.shape[1:-2])))
+    if not isinstance(results, tuple):
+        return found[0]
+    return type(results)(found)
