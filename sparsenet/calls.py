@@ -19,7 +19,8 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
     if name in ("__get__", "__set__"):
         return f"Tensor.{getattr(func.__self__, '__name__', 'attribute')}"
-    name = str(getattr(func, "__qualname__", name))
+    qualified = str(getattr(func, "__qualname__", "pybind11"))
+    name = name if qualified.startswith("pybind11") else qualified  # as operators of other libraries call themselves
     for internal, known in (("_VariableFunctionsClass", "torch"), ("_TensorBase", "Tensor"), ("TensorBase", "Tensor")):
         name = name.replace(internal, known)
     return name

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     covering.add_argument("--suite", choices=list(coverage.SUITES), required=True)
     covering.add_argument("--models", nargs="+", metavar="MODEL", help="these only; by default the whole suite")
     covering.add_argument("--json", type=Path, metavar="FILE", help="results; models that it holds are not run again")
-    covering.add_argument("--markdown", type=Path, metavar="FILE", help="write the report here, of all that FILE of --json holds")
+    covering.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the report here, of all that FILE of --json holds"
+    )
     covering.set_defaults(run=_coverage)
     return parser
 
@@ -54,8 +56,8 @@ def _stages(options: Any) -> int:
 
 
 def _plan(options: Any) -> int:
-    model = selectify(coverage.named(options.model), options.at, selector=GivenMask(), reenter=options.reenter, inplace=True)
-    print(plan(model))
+    model = coverage.named(options.model)
+    print(plan(selectify(model, options.at, selector=GivenMask(), reenter=options.reenter, inplace=True)))
     return 0
 
 

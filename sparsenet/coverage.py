@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsenet import context
+from sparsenet.features import Features
 from sparsenet.masks import blobs
 from sparsenet.record import record
 from sparsenet.regions import Everywhere
@@ -32,8 +33,8 @@ from sparsenet.surgery import call, densify, example_inputs, plan, selectify, st
 
 STAGES = ("stride4", "stride8")
 DENSITY = 0.3
-# A result may be this many times as wrong as the dense network's own, measured by float32 against float64: the orders of
-# summation differ, and a sum of a few thousand numbers strays by a few times its rounding either way.
+# A result may be this many times as wrong as the dense network's own, measured by float32 against float64: the orders
+# of summation differ, and a sum of a few thousand numbers strays by a few times its rounding either way.
 FACTOR = 16.0
 
 
@@ -44,8 +45,8 @@ class Result:
     Attributes:
         status: "passed"; "failed", for `reason`; "refused", by a clear error, which is `reason`.
         family: the file of its library that defines it.
-        share: guided share of `conv_macs`, the multiply-accumulates of convolutions over maps after the stage; `macs_cut`
-            is the share of all the network's that the mask saves.
+        share: guided share of `conv_macs`, the multiply-accumulates of convolutions over maps after the stage;
+            `macs_cut` is the share of all the network's that the mask saves.
         errors: by check, the error relative to what is allowed.
         exits: how often features left the region, by operation and reason.
     """
@@ -103,7 +104,10 @@ def _chosen(suite: str, names: list[str] | None, known: dict[str, str]) -> dict[
     return known if names is None else {name: known[name] for name in names}
 
 
-SUITES: dict[str, Callable[[list[str] | None], dict[str, str]]] = {"torchvision": torchvision_models, "timm": timm_models}
+SUITES: dict[str, Callable[[list[str] | None], dict[str, str]]] = {
+    "torchvision": torchvision_models,
+    "timm": timm_models,
+}
 
 
 def named(name: str) -> nn.Module:
@@ -282,12 +286,17 @@ def _outputs(model: nn.Module, inputs: Any) -> Outputs:
     heads: list[Any] = []
     parts: Any = model
     head = parts.rpn.head if hasattr(model, "rpn") else parts.head
-    handle = head.register_forward_hook(lambda module, args, output: heads.append(output))
+    handle = head.register_forward_hook(lambda module, args, output: heads.append(_as_read(output)))
     try:
         final = call(model, (inputs,))
     finally:
         handle.remove()
     return Outputs(_floating(heads), _floating(final))
+
+
+def _as_read(output: Any) -> Any:
+    """A detector's head as what follows reads it."""
+    return tree_map_only(Features, lambda features: features.dense("the catalogue"), output)
 
 
 def _floating(output: Any) -> list[Tensor]:
@@ -332,7 +341,7 @@ def enliven(model: nn.Module, inputs: Any) -> None:
             norm.momentum = momentum
     for module in model.modules():
         if hasattr(module, "score_thresh"):  # random scores are low, and detections are to be compared
-            module.score_thresh = 0.001
+            vars(module)["score_thresh"] = 0.001
 
 
 def _pair(images: Tensor) -> Tensor:
@@ -359,7 +368,7 @@ def run(suite: str, names: list[str] | None = None, path: Path | None = None) ->
         found = next((each for each in results if (each.suite, each.model) == (suite, name)), None)
         if found is None:
             found = check(suite, name, family)
-            if found.stage and found.share < 0.99 or "left the region" in found.reason:
+            if (found.stage and found.share < 0.99) or "left the region" in found.reason:
                 again = check(suite, name, family, reenter=True)
                 found = found if again.status == "refused" else again
             results.append(found)
@@ -386,7 +395,7 @@ def summary(results: list[Result]) -> str:
     whole = sum(result.status == "passed" and result.share >= 0.99 for result in results)
     return (
         f"{found['passed']} of {tried} models passed, {whole} of them with at least 99 % of their convolutions' MACs "
-        f"guided; {found['refused']} were refused with a clear error, having no convolution after a stage that gives maps"
+        f"guided; {found['refused']} were refused with a clear error, having no convolution after a stage of maps"
     )
 
 
@@ -395,10 +404,10 @@ _INTRODUCTION = """# Coverage
 What `make coverage` found with {versions}, on random weights that behave like trained ones. Each model is embedded at
 its stride-4 stage, or at its stride-8 stage where that does not do, or at the first stage that has a name. It passes if
 
-- with every pixel active it equals the original in float32, within {factor:g} times the dense network's own error against
-  float64, on rows (not by falling back to dense operations);
-- under a random mask of blobs ({density:.0%} of the pixels) rows equal the reference storage in float64, within the same
-  multiple of the error that float32 makes of that very computation, scaled to float64 (not scaled where a network
+- with every pixel active it equals the original in float32, within {factor:g} times the dense network's own error
+  against float64, on rows (not by falling back to dense operations);
+- under a random mask of blobs ({density:.0%} of the pixels) rows equal the reference storage in float64, within the
+  same multiple of the error that float32 makes of that very computation, scaled to float64 (not scaled where a network
   computes in float32 all the same), and differ from the unmasked output by a thousand (ten) times as much or more, so
   that the comparison sees the mask;
 - a detector's detections equal those of the original, and of the reference storage, in float64;
@@ -407,8 +416,8 @@ its stride-4 stage, or at its stride-8 stage where that does not do, or at the f
 *Guided* is the share of the MACs of 2-D convolutions over maps of more than one pixel, whose input comes of the stage's
 output, that the mask can cut; the denominator stands beside it. (A convolution of what was pooled to 1x1, as in
 squeeze-and-excitation, is a linear layer.) *Cut* is what the mask of {density:.0%} saves of the whole network's MACs.
-*Exits* are the operations after which features were ordinary tensors, and how often. Models marked *reenter* are hybrids:
-their attention leaves the grid and returns to it, and `selectify(..., reenter=True)` takes the mask up again.
+*Exits* are the operations after which features were ordinary tensors, and how often. Models marked *reenter* are
+hybrids: their attention leaves the grid and returns to it, and `selectify(..., reenter=True)` takes the mask up again.
 
 """
 

@@ -338,9 +338,7 @@ class Features(torch.Tensor):
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
             assert isinstance(first, Features)
             value = first._value.detach()
-            return type(first)._wrap(
-                value, first.selection, first.grid, first.full, None, first._live, first.form
-            )
+            return type(first)._wrap(value, first.selection, first.grid, first.full, None, first._live, first.form)
         if func._schema.is_mutable:
             raise RuntimeError(in_place_message(str(func)))
         reason = "called below torch functions, by a custom autograd Function or in C++"
@@ -618,7 +616,7 @@ class Departed(torch.Tensor):
 
 
 # Behind these a pixel is elsewhere, so that its site says nothing of it.
-_MOVING = {getattr(place, name) for place in (torch, Tensor) for name in "flip roll rot90 fliplr flipud".split()}
+_MOVING = {getattr(place, name) for place in (torch, Tensor) for name in ["flip", "roll", "rot90", "fliplr", "flipud"]}
 
 
 def depart(func: Any, features: Features, result: Any) -> Any:

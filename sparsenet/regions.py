@@ -58,8 +58,8 @@ class Regions:
             )
         if len(frame.placed) != batch:
             raise ValueError(
-                f"the model was called with {len(frame.placed)} images, but the stage's map is of {batch}: which box lies "
-                "where cannot be told; give a bool mask (N, H, W) of the map"
+                f"the model was called with {len(frame.placed)} images, but the stage's map is of {batch}: which box "
+                "lies where cannot be told; give a bool mask (N, H, W) of the map"
             )
         canvas = torch.zeros(batch, *frame.canvas, dtype=torch.bool, device=device)
         if self.masks is not None:

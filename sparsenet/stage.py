@@ -161,7 +161,9 @@ def _named(model: nn.Module, watched: Pass, aliases: dict[str, str]) -> Stages:
         names.setdefault(path, []).append(f"pool{number}")
     for stride, path in _strides(dict(model.named_modules()), watched).items():
         names.setdefault(path, []).append(f"stride{stride}")
-    first = {call.path: call for call in reversed(watched.maps)}
+    first: dict[str, Call] = {}
+    for call in watched.maps:
+        first.setdefault(call.path, call)
     return Stages(
         Stage(
             tuple(name for name in names[path] if name != path),
@@ -171,7 +173,7 @@ def _named(model: nn.Module, watched: Pass, aliases: dict[str, str]) -> Stages:
             watched.stride(call.output),
             1 - call.macs / max(1, watched.macs),
         )
-        for path, call in sorted(first.items(), key=lambda item: item[1].macs)
+        for path, call in first.items()
         if path in names and call.output is not None and call.channels is not None
     )
 
@@ -183,9 +185,9 @@ def resolve(model: nn.Module, at: str, aliases: dict[str, str], run: Callable[[]
     - "poolN": the N-th pooling module in execution order, pooling to a fixed output size excluded;
     - "strideN": the last module at that stride, relative to the network's transformed input, before the first
       coarser one. Modules inside a block that goes from that stride to a coarser one do not count unless the block is a
-      plain sequence, for such a block reads its input a second time (a residual's shortcut); and a module whose output the
-      coarser one reads goes before a later one, which is a branch beside it (HRNet). Where no such module gives a map,
-      as in networks that keep their maps channels-last between blocks, the first one that does.
+      plain sequence, for such a block reads its input a second time (a residual's shortcut); and a module whose output
+      the coarser one reads goes before a later one, which is a branch beside it (HRNet). Where no such module gives a
+      map, as in networks that keep their maps channels-last between blocks, the first one that does.
 
     Raises:
         ValueError: for an unknown stage, naming the closest and listing them.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from sparsenet import backends, context
@@ -56,10 +56,11 @@ def selectify(
         backend: "auto" (rows, and the dense operation where every pixel is active), "reference", "rows" or "spconv";
             see `use_backend`.
         strict: raise wherever features leave the guided region, instead of going on with ordinary tensors.
-        reenter: where features have left (attention over the map, say) and a convolution meets the result as a map of the
-            size they had, let it take up their sites again. The result counts as having every pixel. For hybrids
+        reenter: where features have left (attention over the map, say) and a convolution meets the result as a map of
+            the size they had, let it take up their sites again. The result counts as having every pixel. For hybrids
             (CoAtNet, MobileViT), whose blocks return to the grid that they left.
-        mean: what a mean over space divides by: "all" pixels of the map, as the dense network does, or the "active" ones.
+        mean: what a mean over space divides by: "all" pixels of the map, as the dense network does, or the "active"
+            ones.
         inplace: change `model` itself and keep the identity of its parameters; by default a deep copy is changed.
 
     Returns:
@@ -182,19 +183,20 @@ def _check_model(model: nn.Module, inplace: bool) -> None:
     """Raise for a model that no dry run can be made of, or none that leaves no trace."""
     if hasattr(model, "_orig_mod"):  # asked for by name, because torch._dynamo takes seconds to import
         raise ValueError(
-            "the model is compiled: select first and compile then, torch.compile(sparsenet.selectify(model._orig_mod, ...))"
+            "the model is compiled: select first, and compile then, by "
+            "torch.compile(sparsenet.selectify(model._orig_mod, ...))"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the model is scripted, and its modules take no hooks: give the Python model it was made from")
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    lazy = [name for name, tensor in tensors if isinstance(tensor, UninitializedTensorMixin)]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy and inplace:
         raise ValueError(f"parameters are not initialised, {lazy[0]} among them: call the model on an input first")
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta:
         raise ValueError(
-            f"parameters are on the meta device, {meta[0]} among them, where a mask has no pixels: give them memory first, "
-            "by model.to_empty(device='cpu') and a checkpoint, say"
+            f"parameters are on the meta device, {meta[0]} among them, where a mask has no pixels: give them memory "
+            "first, by model.to_empty(device='cpu') and a checkpoint, say"
         )
 
 

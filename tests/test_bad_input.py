@@ -204,7 +204,10 @@ def test_channels_last_models() -> None:
     images, mask = IMAGES.to(memory_format=torch.channels_last), blobs(2, (16, 20))
     selective = sparsenet.selectify(model, "stem", selector=GivenMask(), example_inputs=images)
     plain = sparsenet.selectify(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format), "stem", selector=GivenMask(), example_inputs=IMAGES
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+        "stem",
+        selector=GivenMask(),
+        example_inputs=IMAGES,
     )
     for backend in ("auto", "rows", "reference", "spconv"):
         with torch.no_grad(), sparsenet.use_mask(mask), sparsenet.use_backend(backend):
@@ -229,7 +232,10 @@ def test_boxes_where_the_stage_has_another_batch() -> None:
 
     images = torch.rand(1, 3, 16, 20)
     selective = sparsenet.selectify(Stacked().eval(), "stem", selector=GivenMask(), example_inputs=(images, images))
-    with sparsenet.use_mask([torch.tensor([[1.0, 1, 5, 5]])] * 2), pytest.raises(ValueError, match="stage's map is of 2"):
+    with (
+        sparsenet.use_mask([torch.tensor([[1.0, 1, 5, 5]])] * 2),
+        pytest.raises(ValueError, match="stage's map is of 2"),
+    ):
         selective(images, images)
     with torch.no_grad(), sparsenet.use_mask(torch.ones(2, 1, 1, dtype=torch.bool)):
         torch.testing.assert_close(selective(images, images)[:1], selective(images, images)[1:])

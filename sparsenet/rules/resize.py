@@ -17,8 +17,8 @@ from sparsenet.sites import Pair
 @dataclass(frozen=True)
 class Resizing:
     """A call of `torch.nn.functional.interpolate` on maps, but for the map. It works along each axis by itself, and an
-    axis' weights are what it makes of the unit vectors: PyTorch's own, whatever the mode and the scale, in the precision
-    that it computes them in, which may decide which pixels are read."""
+    axis' weights are what it makes of the unit vectors: PyTorch's own, whatever the mode and the scale, in the
+    precision that it computes them in, which may decide which pixels are read."""
 
     size: Pair | None
     scale: tuple[float, float] | None

@@ -83,10 +83,9 @@ def view(func: Any, input: Features, *shape: Any, **kwargs: Any) -> Features:
 
 
 @rule(Tensor.view_as, Tensor.reshape_as, any_form=True)
-def view_as(func: Any, input: Any, other: Any) -> Features:
-    if not isinstance(input, Features):
-        raise Leaves("takes a guided map's shape only")
-    return viewed(input, other.shape)
+def view_as(func: Any, input: Any, other: Any) -> Tensor:
+    """Of an ordinary tensor, where only the shape is a guided map's, too."""
+    return viewed(input, other.shape) if isinstance(input, Features) else input.reshape(other.shape)
 
 
 @rule(Tensor.flatten, torch.flatten, any_form=True)
@@ -123,11 +122,11 @@ def squeeze(func: Any, input: Features, dim: Any = None) -> Features:
 
 
 @rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to, Tensor.expand_as, any_form=True)
-def expand(func: Any, input: Any, *shape: Any, **kwargs: Any) -> Features:
-    if not isinstance(input, Features) or func is Tensor.expand_as:
+def expand(func: Any, input: Any, *shape: Any, **kwargs: Any) -> Tensor:
+    if func is Tensor.expand_as:
         shape = (shape[0].shape,)
     if not isinstance(input, Features):
-        raise Leaves("takes a guided map's shape only")
+        return input.expand(*shape)
     numbers, form = sizes(shape or (kwargs["size"],)), input.form
     own = tuple(length if number == -1 else number for number, length in zip(numbers, input.shape, strict=False))
     others = [dim for dim, letter in enumerate(form.order) if letter != "C"]
