@@ -80,13 +80,13 @@ class Staged(nn.Module):
 @pytest.mark.parametrize(
     ("at", "parts"),
     [
-        ("layr2", ("no stage 'layr2' in ResNet", "the closest are 'layer2'", "Stages: pool1, stride2, stride4")),
+        ("layr2", ("no stage 'layr2' in ResNet", "the closest are 'layer2'", "Stages: stride2, pool1, stride4")),
         ("pool2", ("no stage 'pool2'", "'pool1'", "Modules: conv1, bn1, relu, maxpool, layer1")),
         ("pool0", ("no stage 'pool0'", "'pool1'")),
         ("stride3", ("no stage 'stride3'", "'stride2'", "stride32")),
         ("stride64", ("no stage 'stride64'", "'stride4'")),
-        ("", ("no stage ''", "Stages: pool1", "Modules: conv1")),
-        ("xyzzy", ("no stage 'xyzzy'", "Stages: pool1, stride2, stride4, stride8, stride16, stride32")),
+        ("", ("no stage ''", "Stages: stride2, pool1", "Modules: conv1")),
+        ("xyzzy", ("no stage 'xyzzy'", "Stages: stride2, pool1, stride4, stride8, stride16, stride32")),
     ],
 )
 def test_unknown_stage(at: str, parts: tuple[str, ...], inplace: bool) -> None:

@@ -36,9 +36,10 @@ SPREAD: dict[tuple[str, str], set[str]] = {
 NOT_MET = {
     "what training does": {"backward", "detach", "dropout2d", "gradient_hooks", "requires_grad", "set_data"},
     "what models of the catalogue do before their stages, or in other versions": {
-        "adaptive_max_pool2d", "channel_shuffle", "channelwise", "clone", "conv_transpose2d", "expand", "fresh", "flatten",
-        "index_select", "instance_norm", "local_response_norm", "matmul", "movedim", "narrow", "prelu", "select",
-        "setitem", "show", "squeeze", "synchronised_statistics", "to", "types", "unbind", "unflatten", "view_as",
+        "adaptive_max_pool2d", "channel_shuffle", "channelwise", "clone", "conv_transpose2d", "expand", "flatten",
+        "fresh", "index_select", "instance_norm", "local_response_norm", "matmul", "movedim", "narrow", "prelu",
+        "select", "setitem", "show", "squeeze", "synchronised_statistics", "to", "types", "unbind", "unflatten",
+        "view_as",
     },
 }  # fmt: skip
 
