@@ -170,8 +170,22 @@ class Form:
             return None
         if tuple(shape) == self.shape(batch, grid):
             return self
-        lengths, ahead = {"N": batch, "H": grid[0], "W": grid[1]}, list(shape)
-        order, channels, position = "", [], 0
+        found = self._viewed(shape, {"N": batch, "H": grid[0], "W": grid[1]})
+        if found is not None or batch != 1:
+            return found
+        # Of a single image N is a dimension of length 1 like any other, wherever the view has one.
+        place = self.channel(self.order.index("N"))
+        anonymous = Form(self.order.replace("N", "C"), (*self.channels[:place], 1, *self.channels[place:]))
+        found = anonymous._viewed(shape, {"H": grid[0], "W": grid[1]})
+        if found is None or 1 not in found.channels:
+            return None
+        named = next(dim for dim, letter in enumerate(found.order) if letter == "C" and shape[dim] == 1)
+        order = found.order[:named] + "N" + found.order[named + 1 :]
+        return Form(order, tuple(length for dim, length in enumerate(shape) if order[dim] == "C"))
+
+    def _viewed(self, shape: Sequence[int], lengths: dict[str, int]) -> Form | None:
+        """The same, where the letters that are no channels have these `lengths`."""
+        ahead, order, channels, position = list(shape), "", [], 0
         for segment in _segments(self.order):
             letter, count = segment[-1] if segment[-1:] in ("N", "H", "W") else "", segment.count("C")
             wanted, position = prod(self.channels[position : position + count]), position + count
