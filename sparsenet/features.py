@@ -440,7 +440,7 @@ class SparseFeatures(Features):
     def _operand(self, cells: Tensor, full: bool) -> Tensor:
         sites = self.selection.everywhere(self.grid) if full else self.selection.sites(self.grid)
         channels, size = cells.shape[1:-2], tuple(cells.shape[-2:])
-        value = self.packed(cells)
+        value = super().packed(cells)  # not rows yet
         if size == (1, 1) != self.grid:
             if len(cells) == 1:
                 return cells
@@ -530,7 +530,10 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
             return depart(func, leaving[0], view)
     # Contiguous, as the wrappers' own strides say: `x.view(len(x), -1)` would refuse the rows' order.
     dense = {key: tensor.contiguous() for key, tensor in dense.items()}
-    args, kwargs = tree_map_only(Features, lambda features: dense[id(features)], (args, kwargs))
+    given = dense
+    if selection.followed:  # of no size that left before, for what leaves does not take up its sites at once
+        given = {key: Departed.of(tensor, selection, frozenset()) for key, tensor in dense.items()}
+    args, kwargs = tree_map_only(Features, lambda features: given[id(features)], (args, kwargs))
     result = func(*args, **kwargs)
     for features in leaving:
         _lend(features, dense[id(features)], result)
@@ -607,16 +610,32 @@ class Departed(torch.Tensor):
         departed = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Departed)]
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        known = [leaf for leaf in departed if hasattr(leaf, "grids")]
+            known = [leaf for leaf in departed if hasattr(leaf, "grids")]
+            turned = any(_is_turned(leaf, result) for leaf in known)
         if not known:
             return tree_map_only(Departed, Departed.ordinary, result)
-        lost = func in _MOVING or any(leaf.selection is not known[0].selection for leaf in known)
+        lost = turned or func in _MOVING or any(leaf.selection is not known[0].selection for leaf in known)
         grids = frozenset() if lost else frozenset().union(*(leaf.grids for leaf in known))
         return tree_map_only(Tensor, lambda tensor: Departed.of(tensor, known[0].selection, grids), result)
 
 
 # Behind these a pixel is elsewhere, so that its site says nothing of it.
 _MOVING = {getattr(place, name) for place in (torch, Tensor) for name in ["flip", "roll", "rot90", "fliplr", "flipud"]}
+
+
+def _is_turned(departed: Departed, view: Any) -> bool:
+    """Whether lines have become columns by a transposition or permutation. Of a square map the shape does not tell, but
+    the strides of the view do."""
+    if not isinstance(view, Tensor) or view.shape != departed.shape or view.layout is not torch.strided:
+        return False
+    before, after = departed.stride(), view.stride()
+    first, *others = [dim for dim, (old, new) in enumerate(zip(before, after, strict=True)) if old != new] or [0]
+    return (
+        others == [first + 1]
+        and (before[first], before[first + 1]) == (after[first + 1], after[first])
+        and tuple(view.shape[first : first + 2]) in departed.grids
+        and view.data_ptr() == departed.data_ptr()
+    )
 
 
 def depart(func: Any, features: Features, result: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsenet.features import Departed, Features
+from sparsenet.features import Departed, Features, Leaves
 from sparsenet.rules.conv import masked_conv2d
 
 
@@ -44,18 +44,21 @@ class MaskedConv2d(nn.Conv2d):
             input = input.reentered()
         if not isinstance(input, Features):
             return super().forward(input)
-        return masked_conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-            backend=self.backend,
-            fill=self.fill,
-        )
+        try:
+            return masked_conv2d(
+                input,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                padding_mode=self.padding_mode,
+                backend=self.backend,
+                fill=self.fill,
+            )
+        except Leaves:
+            return super().forward(input)  # its functions leave for the same reason, as exits
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, masked at {self.size[0]}x{self.size[1]}, backend={self.backend}"

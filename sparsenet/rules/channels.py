@@ -37,7 +37,9 @@ def channelwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Any:
     dim = args[place - 1] if len(args) >= place else kwargs.get("dim", default)
     if not isinstance(dim, int):
         raise Leaves("works over dimensions that it does not name")
-    if input.form.padding is not None or input.form.letters([dim]) != "C":
+    if input.form.padding is not None:
+        raise Leaves(input.form.description)
+    if input.form.letters([dim]) != "C":
         raise Leaves("works over another dimension than channels")
     return over_channels(func, input, dim, place - 1, args, kwargs)
 
@@ -53,9 +55,11 @@ def over_channels(
     else:
         kwargs = {name: value for name, value in kwargs.items() if name != "axis"} | {"dim": cell_dims}
     cells = x.cells(x.value)
-    results = func(cells, *args, **kwargs)
+    empty = cells.shape[-2] == 0  # of no site PyTorch would warn that it has no variance
+    results = func(F.pad(cells, (0, 0, 0, 1)) if empty else cells, *args, **kwargs)
     found = []
     for result in results if isinstance(results, tuple) else [results]:
+        result = result[..., :0, :] if empty else result
         kept = form if result.dim() == cells.dim() else form.without(dims)
         found.append(x.like(x.packed(result), form=kept.with_channels(result.shape[1:-2])))
     if not isinstance(results, tuple):

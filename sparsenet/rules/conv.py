@@ -150,6 +150,8 @@ def _convolution(
 ) -> Features:
     """A convolution by rows, or `dense`, which is the same of an ordinary map, where that is asked for or better."""
     selection, (window, _, out_grid) = x.selection, geometry
+    if bias is not None and bias.shape != weight.shape[:1]:  # rows would broadcast a single number
+        raise RuntimeError(f"the bias has shape {list(bias.shape)}, but the convolution {len(weight)} output channels")
     used: tuple[str, str | None] = ("reference", None)
 
     def operation() -> Operation:

@@ -40,15 +40,18 @@ class Resizing:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _axis(self, axis: int, length: int) -> tuple[Tensor, Tensor]:
-        along: Any = (lambda number, one: (number, one)) if axis == 0 else (lambda number, one: (one, number))
+        def along(number: Any, other: Any) -> Any:
+            return (number, other) if axis == 0 else (other, number)
+
+        # The other axis is of two pixels and stays as it is: of one, PyTorch 2.11 smooths antialiased lines wrongly.
         alone = Resizing(
-            None if self.size is None else along(self.size[axis], 1),
+            None if self.size is None else along(self.size[axis], 2),
             None if self.scale is None else along(self.scale[axis], 1.0),
             self.options,
             self.dtype,
         )
-        units = torch.eye(length, dtype=self.dtype).view(1, length, *along(length, 1))
-        matrix = alone(units)[0].reshape(length, -1).T  # (out_length, length)
+        units = torch.eye(length, dtype=self.dtype).view(length, *along(length, 1)).expand(-1, *along(-1, 2))
+        matrix = alone(units[None])[0].select(2 - axis, 0).T  # (out_length, length)
         used = matrix != 0
         taps = max(1, int(used.sum(1).max()))
         place = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :taps]
@@ -87,6 +90,8 @@ def interpolate(
     dtype = torch.promote_types(x.dtype, torch.float32)
     resizing = Resizing(both(size, int), both(scale_factor, float), tuple(options.items()), dtype)
     _, _, height, width = resizing(torch.empty(1, 1, *x.grid, device="meta")).shape
+    if not height or not width:
+        raise Leaves("gives a map without pixels")
     out_grid = (height, width)
     if isinstance(x, MaskedFeatures):
         return MaskedFeatures.make(resizing(x.read("interpolate")), x.selection, out_grid, full=False, fill=x.fill)

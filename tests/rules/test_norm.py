@@ -1,5 +1,7 @@
 """Batch normalisation with the statistics of active pixels, and normalisation over channels, in both storages."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests import strategies
-from tests.helpers import STORAGES, assert_equal, assert_guided, gradients, guide, keep, recorder, select
+from tests.helpers import STORAGES, assert_agrees, assert_equal, assert_guided, gradients, guide, keep, recorder, select
 
 every_storage = pytest.mark.parametrize("storage", STORAGES)
 cases = st.tuples(strategies.masks(), st.integers(1, 5), st.booleans(), st.booleans())  # mask, channels, full, affine
@@ -141,3 +143,48 @@ def test_statistics_of_half_precision_are_in_single(storage: str, full: bool) ->
     active = x.double().permute(1, 0, 2, 3)[:, mask]
     expected = by_hand(x.double(), norm.double(), active.mean(1), active.var(1, unbiased=False))
     torch.testing.assert_close(result.dense("the test").double(), keep(expected, mask), rtol=2**-7, atol=2**-7)
+
+
+# -- statistics of an image's whole map ------------------------------------------------------------------------
+
+WEIGHT, BIAS = (torch.linspace(-1, 2, 6, dtype=torch.float64).roll(shift).requires_grad_() for shift in (0, 2))
+BY_IMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.group_norm": lambda x: F.group_norm(x, 3, WEIGHT, BIAS),
+    "F.group_norm of one group": lambda x: F.group_norm(x, 1, eps=0.1),
+    "F.group_norm by name": lambda x: F.group_norm(input=x, num_groups=2, weight=WEIGHT),
+    "F.instance_norm": lambda x: F.instance_norm(x, weight=WEIGHT, bias=BIAS, eps=0.01),
+}
+
+
+@every_storage
+@pytest.mark.parametrize("name", BY_IMAGE)
+@given(mask=strategies.masks(), full=st.booleans())
+def test_statistics_of_an_image_count_inactive_pixels_as_zeros(
+    storage: str, name: str, mask: Tensor, full: bool
+) -> None:
+    x = torch.randn(len(mask), 6, *mask.shape[1:], dtype=torch.float64, requires_grad=True)
+    if mask[0].numel() == 1 and name == "F.instance_norm":
+        return  # which PyTorch refuses
+    assert_agrees(BY_IMAGE[name], storage, mask, x, full=full)
+
+
+@every_storage
+@given(mask=strategies.masks(), full=st.booleans())
+def test_local_response_norm(storage: str, mask: Tensor, full: bool) -> None:
+    x = torch.randn(len(mask), 6, *mask.shape[1:], dtype=torch.float64, requires_grad=True)
+    function = lambda x: F.local_response_norm(x, 3, alpha=0.1, beta=0.6, k=2.0)  # noqa: E731
+    assert_agrees(function, storage, mask, x, full=full, pointwise=True)
+
+
+@every_storage
+def test_instance_norm_by_running_statistics(storage: str) -> None:
+    norm = torch.nn.InstanceNorm2d(6, affine=True, track_running_stats=True).double().eval()
+    torch.nn.init.normal_(norm.running_mean)
+    x, mask = torch.randn(2, 6, 3, 4).double(), torch.rand(2, 3, 4) < 0.5
+    assert_guided(norm(guide(x, select(mask, storage))), norm(x))
+
+
+@every_storage
+def test_groups_that_do_not_divide_the_channels(storage: str) -> None:
+    with pytest.raises(RuntimeError, match="cannot be normalised in 4 groups"):
+        F.group_norm(guide(torch.randn(1, 6, 3, 3), select(torch.ones(1, 3, 3).bool(), storage)), 4)
