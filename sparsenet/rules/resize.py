@@ -29,6 +29,11 @@ class Resizing:
         size = None if self.size is None else list(self.size)
         return F.interpolate(dense, size, None if self.scale is None else list(self.scale), **dict(self.options))
 
+    @lru_cache(maxsize=256)  # noqa: B019 - hashable, small, and few
+    def out_grid(self, grid: Pair) -> Pair:
+        _, _, height, width = self(torch.empty(1, 1, *grid, device="meta")).shape
+        return height, width
+
     def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
         return self._axis(axis, length)[0].to(device)
 
@@ -89,10 +94,9 @@ def interpolate(
     }
     dtype = torch.promote_types(x.dtype, torch.float32)
     resizing = Resizing(both(size, int), both(scale_factor, float), tuple(options.items()), dtype)
-    _, _, height, width = resizing(torch.empty(1, 1, *x.grid, device="meta")).shape
+    out_grid = height, width = resizing.out_grid(x.grid)
     if not height or not width:
         raise Leaves("gives a map without pixels")
-    out_grid = (height, width)
     if isinstance(x, MaskedFeatures):
         return MaskedFeatures.make(resizing(x.read("interpolate")), x.selection, out_grid, full=False, fill=x.fill)
     assert isinstance(x, SparseFeatures)

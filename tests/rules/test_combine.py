@@ -10,11 +10,23 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from sparsenet.features import Features
 from sparsenet.selection import Selection
 from tests import strategies
-from tests.helpers import STORAGES, assert_equal, assert_guided, gradients, guide, keep, recorder, select
+from tests.helpers import (
+    STORAGES,
+    active,
+    assert_agrees,
+    assert_equal,
+    assert_guided,
+    gradients,
+    guide,
+    keep,
+    recorder,
+    select,
+)
 from tests.strategies import Pair
 
 every_storage = pytest.mark.parametrize("storage", STORAGES)
@@ -295,3 +307,128 @@ def test_a_wrong_operand_is_an_error_that_changes_nothing(storage: str) -> None:
         with pytest.raises(TypeError):
             function(features, object())
     assert_guided(features, x)
+
+
+# -- of three, comparisons, and other layouts --------------------------------------------------------------------
+
+PLACES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "torch.where": lambda x, y, z: torch.where(x > 0, y, z),
+    "torch.where, numbers": lambda x, y, z: torch.where(x > y, x * z, 1.5),
+    "x.where": lambda x, y, z: x.where(y > z, z),
+    "torch.addcmul": lambda x, y, z: torch.addcmul(x, y, z, value=0.5),
+    "torch.addcdiv": lambda x, y, z: torch.addcdiv(x, y, z),
+    "x.addcmul_": lambda x, y, z: (x * 1).addcmul_(y, z),
+    "torch.lerp": lambda x, y, z: torch.lerp(x, y, 0.3) + torch.lerp(x, y, z),
+    "x.masked_fill": lambda x, y, z: x.masked_fill(y > z, -2.0),
+    "x.masked_fill_": lambda x, y, z: (x * 1).masked_fill_(y > z, -2.0),
+    "torch.clamp": lambda x, y, z: torch.clamp(x, torch.minimum(y, z), torch.maximum(y, z)),
+    "x.clamp by name": lambda x, y, z: x.clamp(min=y) + x.clamp(max=z),
+    "x.clamp_min": lambda x, y, z: x.clamp_min(y) + x.clamp_max(0.3) + (x * 1).clamp_(None, 0.7),
+    "comparisons": lambda x, y, z: [x == y, x != y, x < y, x >= z, torch.gt(y, x), x.le(0.1), x > 0.2],
+    "truth": lambda x, y, z: [(x > 0) & (y > 0), (x > 0) | (z > 0), ~(x > 0) ^ (y > z), torch.logical_and(x, y)],
+    "torch.fmax": lambda x, y, z: torch.fmax(x, y) - torch.fmin(y, z) * torch.hypot(x, z),
+    "torch.atan2": lambda x, y, z: torch.atan2(x, y) + torch.copysign(x, z),
+    "torch.remainder": lambda x, y, z: [torch.remainder(x, 0.7), x % 0.6, x.detach() // 0.4, torch.fmod(x, 0.3)],
+    "x.pow": lambda x, y, z: x.abs() ** y + y.abs().pow(1.5),
+    "torch.max": lambda x, y, z: torch.max(x, y) - torch.min(y, other=z),
+    "torch.rsub": lambda x, y, z: torch.rsub(x, y) + (1 - z) + 2 / y,
+    "torch.logaddexp": lambda x, y, z: torch.logaddexp(x, y) + torch.xlogy(x, z.abs()),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "channels last": lambda x: x.permute(0, 2, 3, 1),
+    "apart": lambda x: x.unflatten(1, (3, 2)),
+    "apart, last": lambda x: x.unflatten(1, (3, 2)).permute(0, 3, 4, 2, 1),
+    "without channels": lambda x: x[:, 1],
+    "turned": lambda x: x.transpose(2, 3),
+}
+# Lengths by letter; the channels are six, or three times two.
+OPERANDS: dict[str, Callable[[int, Pair], Tensor]] = {
+    "a map": lambda n, size: numbers(n, 6, *size),
+    "each image and channel": lambda n, size: numbers(n, 6, 1, 1),
+    "each channel": lambda n, size: numbers(1, 6, 1, 1),
+    "each pixel": lambda n, size: numbers(1, 1, *size).expand(1, 6, -1, -1),
+    "each column of each image": lambda n, size: numbers(n, 1, 1, size[1]).expand(-1, 6, -1, -1),
+}
+
+
+@every_storage
+@given(
+    mask=strategies.masks(),
+    layout=st.sampled_from([*LAYOUTS]),
+    operands=st.tuples(*[st.sampled_from(["guided", "full", *OPERANDS])] * 2),
+    full=st.booleans(),
+    names=st.lists(st.sampled_from([*PLACES]), min_size=1),
+)
+@example(torch.arange(40).view(2, 4, 5) % 3 > 0, "plain", ("guided", "a map"), False, [*PLACES])
+@example(torch.arange(40).view(2, 4, 5) % 3 > 0, "apart, last", ("each image and channel", "full"), True, [*PLACES])
+@example(torch.arange(40).view(2, 4, 5) % 3 > 0, "channels last", ("each channel", "each pixel"), True, [*PLACES])
+def test_of_three_in_any_layout(
+    storage: str, mask: Tensor, layout: str, operands: tuple[str, str], full: bool, names: list[str]
+) -> None:
+    """Ordinary maps, and tensors that broadcast, meet guided ones; what is not full restricts what is."""
+    size, selection, to = (mask.shape[1], mask.shape[2]), select(mask, storage), LAYOUTS[layout]
+    for name in names:
+        dense = [numbers(len(mask), 6, *size).requires_grad_()]
+        given = [guide(dense[0] * 1, selection, full=full)]
+        for kind in operands:
+            guided = kind in ("guided", "full")
+            dense.append(numbers(len(mask), 6, *size) if guided else OPERANDS[kind](len(mask), size))
+            dense[-1].requires_grad_()
+            given.append(guide(dense[-1] * 1, selection, full=kind == "full") if guided else dense[-1])
+        results = tree_leaves(PLACES[name](*map(to, given)))
+        expected = tree_leaves(PLACES[name](*map(to, [part * 1 for part in dense])))
+        for result, wanted in zip(results, expected, strict=True):
+            assert isinstance(result, Features), name
+            assert result.form == to(given[0]).form
+            assert_guided(result, wanted)
+            if wanted.requires_grad:
+                kept = keep(wanted, active(result))
+                for actual, right in zip(gradients(result.dense("test"), dense), gradients(kept, dense), strict=True):
+                    assert_equal(actual, right)
+
+
+@every_storage
+@pytest.mark.parametrize("full", [False, True])
+def test_weights_of_branches(storage: str, full: bool) -> None:
+    """SKNet's and ResNeSt's: (N, branches, channels, 1, 1)."""
+    mask, x = torch.rand(3, 4, 5) < 0.5, numbers(3, 6, 4, 5).requires_grad_()
+    for weights in (numbers(3, 2, 3, 1, 1), numbers(1, 2, 3, 1, 1), numbers(3, 2, 1, 1, 1), numbers(2, 1, 4, 5)):
+        weights.requires_grad_()
+        assert_agrees(
+            lambda x, w=weights: (x.view(len(x), 2, 3, 4, 5) * w).sum(1),
+            storage, mask, x, full=full, pointwise=True, leaves=[weights],
+        )  # fmt: skip
+
+
+@every_storage
+@pytest.mark.parametrize("layout", ["channels last", "apart", "turned"])
+@pytest.mark.parametrize("full", [False, True])
+def test_concatenation_in_other_layouts(storage: str, layout: str, full: bool) -> None:
+    mask, x, to = torch.rand(2, 4, 5) < 0.5, numbers(2, 6, 4, 5).requires_grad_(), LAYOUTS[layout]
+    other = to(numbers(2, 6, 4, 5).requires_grad_())
+    for dim in {"channels last": (3, -1), "apart": (1, 2, -3), "turned": (1,)}[layout]:
+        assert_agrees(
+            lambda x, dim=dim: torch.cat([to(x), other, to(x) * 2], dim),
+            storage, mask, x, full=full, pointwise=True, leaves=[other],
+        )  # fmt: skip
+
+
+@every_storage
+def test_layouts_that_differ_leave(storage: str) -> None:
+    mask, record, x = torch.rand(2, 4, 4) < 0.5, recorder(), numbers(2, 4, 4, 4)
+    features = guide(x, select(mask, storage, record=record))
+    kept = keep(x, mask)
+    assert_equal(features + features.transpose(2, 3), kept + kept.transpose(2, 3))
+    assert record.operations[-1].reason == "meets features laid out otherwise, NCHW and NCWH"
+    assert_equal(F.pad(features, (1, 1)) * 2, F.pad(kept, (1, 1)) * 2)
+    assert record.operations[-1].reason == "reads a padded map"
+    assert_equal(torch.max(torch.ones(5, 1, 4, 4, 4), features), torch.max(torch.ones(5, 1, 4, 4, 4), kept))
+    assert record.operations[-1].reason == "meets a tensor of more dimensions"
+
+
+@every_storage
+def test_places_where_a_condition_holds_leave(storage: str) -> None:
+    x, mask = numbers(2, 4, 4, 4), torch.rand(2, 4, 4) < 0.5
+    found = torch.where(guide(x, select(mask, storage)) > 0)
+    assert all(map(torch.equal, found, torch.where(keep(x, mask) > 0)))

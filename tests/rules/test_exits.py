@@ -60,7 +60,10 @@ LEAVING: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "torch.softmax": (lambda x: torch.softmax(x, 2), OTHER),
     "Tensor.cumsum": (lambda x: x.cumsum(3), OTHER),
     "F.normalize": (lambda x: F.normalize(x, dim=0), OTHER),
-    "F.layer_norm": (lambda x: F.layer_norm(x, x.shape[1:]), "works over the last dimensions of a map laid out as NCHW"),
+    "F.layer_norm": (
+        lambda x: F.layer_norm(x, x.shape[1:]),
+        "works over the last dimensions of a map laid out as NCHW",
+    ),
     "F.pad of the batch": (lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)), "pads a map laid out as NCHW, or its batch"),
     "a padded map": (lambda x: F.pad(x, (1, 0)).sin(), "reads a padded map"),
     "another layout": (lambda x: F.max_pool2d(x.permute(0, 2, 3, 1), 1), "reads a map laid out as NHWC"),

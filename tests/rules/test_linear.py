@@ -106,3 +106,19 @@ def test_what_is_not_over_channels_leaves(storage: str, name: str) -> None:
     torch.testing.assert_close(result, function(torch.where(MASK[:, None], x, 0)))
     assert {o.status for o in record.operations} == {"exit"}
     assert reason in str(record.operations[-1].reason)
+
+
+@every_storage
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: F.linear(last(x), torch.randn(3, 5)),
+        lambda x: last(x) @ torch.randn(5, 3),
+        lambda x: F.layer_norm(last(x), (5,)),
+    ],
+)
+def test_what_pytorch_refuses_is_refused(storage: str, wrong: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, C, 4, 5)
+    for given_map in (x, guide(x, select(MASK, storage))):
+        with pytest.raises(RuntimeError):
+            wrong(given_map)

@@ -1,5 +1,5 @@
-"""Reductions: over space the dense operation on a map whose inactive pixels are zero, as an ordinary tensor; over channels
-each pixel's own, guided."""
+"""Reductions: over space the dense operation on a map whose inactive pixels are zero, as an ordinary tensor; over
+channels each pixel's own, guided."""
 
 from collections.abc import Callable
 from typing import Any

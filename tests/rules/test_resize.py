@@ -99,3 +99,40 @@ def test_what_is_no_map_leaves(storage: str, full: bool) -> None:
     result = F.interpolate(F.pad(features, (1, 1)), scale_factor=2)
     torch.testing.assert_close(result, F.interpolate(F.pad(keep(x, mask), (1, 1)), scale_factor=2))
     assert record.operations[-1].reason == "reads a padded map"
+
+
+@every_storage
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic", "area"])
+def test_single_and_half_precision(storage: str, mode: str) -> None:
+    """Weights are of the precision that PyTorch computes them in, and so is the choice of pixels."""
+    mask = torch.rand(2, 9, 7) < 0.6
+    for dtype, wide in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        x = keep(torch.randn(2, 3, 9, 7).to(dtype), mask)
+        for factor in (1.7, 0.6, 2, 1 / 3):
+            result = F.interpolate(guide(x, select(mask, storage)), scale_factor=factor, mode=mode)
+            expected = F.interpolate(x, scale_factor=factor, mode=mode)
+            assert result.dtype == dtype
+            active = result.selection.mask(result.grid)
+            truth = keep(F.interpolate(x.to(wide), scale_factor=factor, mode=mode), active)
+            errors = [(found.to(wide) - truth).abs().max() for found in (result.dense("test"), keep(expected, active))]
+            # As precise as the dense operation, or as a number of this size can be.
+            assert errors[0] <= 4 * max(errors[1], torch.finfo(dtype).eps * x.abs().max().to(wide))
+
+
+@every_storage
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"size": 4, "scale_factor": 2},
+        {"size": 4, "align_corners": True},
+        {"size": (1, 2, 3)},
+        {"size": 4, "antialias": True},
+    ],
+    ids=str,
+)
+def test_what_pytorch_refuses_is_refused(storage: str, arguments: dict[str, Any]) -> None:
+    x = torch.randn(1, 2, 4, 4)
+    for given_map in (x, guide(x, select(torch.rand(1, 4, 4) < 0.5, storage))):
+        with pytest.raises((ValueError, RuntimeError)):
+            F.interpolate(given_map, **arguments)
