@@ -141,6 +141,30 @@ def test_a_convolution_of_what_negative_padding_leaves(backend: str, case: Padde
     assert_convolution_agrees(case, "constant", backend)
 
 
+@every_backend
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("sides", [(0, 1, 0, 1), (0, -1, 0, -1), (0, 2, 0, -1), (0, 0, 0, 0)])
+def test_a_convolution_of_single_pixels_reads_padding_below_and_to_the_right(
+    backend: str, sides: Sides, full: bool
+) -> None:
+    """Its window begins where the map begins, and yet its output is of another size."""
+    mask, weight, bias = torch.rand(2, 4, 5) < 0.5, weights(3, 4, 1, 1), weights(3)
+    assert_agrees(
+        lambda x: F.conv2d(F.pad(x, sides), weight, bias),
+        backend, mask, image(mask), full=full, leaves=[weight, bias],
+    )  # fmt: skip
+
+
+@every_storage
+@pytest.mark.parametrize("full", [False, True])
+def test_a_transposed_convolution_of_single_pixels_with_output_padding(storage: str, full: bool) -> None:
+    mask, weight = torch.rand(2, 4, 5) < 0.5, weights(4, 3, 1, 1)
+    assert_agrees(
+        lambda x: F.conv_transpose2d(x, weight, output_padding=1, dilation=2),
+        storage, mask, image(mask), full=full, leaves=[weight],
+    )  # fmt: skip
+
+
 @every_storage
 def test_an_inactive_pixel_is_reflected_as_zero_and_an_active_one_as_it_is(storage: str) -> None:
     """By hand, with numbers: the mirror of column 1 lies before column 0."""
