@@ -375,6 +375,7 @@ PADDED = "reads a padded map"
 TWICE = "pads a padded map in another way"
 ANOTHER = "pools a map padded by another number"
 WEIGHT = torch.linspace(-1, 1, 32).double().view(2, 4, 2, 2).cos()
+ODD = torch.linspace(-1, 2, 72).double().view(2, 4, 3, 3).cos()
 
 
 def reflecting(make: Callable[..., nn.Conv2d], inputs: int = 4, own: int = 1) -> nn.Conv2d:
@@ -390,7 +391,7 @@ def masked(*args: Any, **kwargs: Any) -> MaskedConv2d:
 
 LEAVING: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "own padding on reflected": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 0), "reflect"), WEIGHT, padding=1), TWICE),
-    "own padding by words": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 0), "circular"), WEIGHT, padding="same"), TWICE),
+    "own padding by words": (lambda x: F.conv2d(F.pad(x, (1, 1, 1, 0), "circular"), ODD, padding="same"), TWICE),
     "own padding on a crop": (lambda x: F.conv2d(F.pad(x, (-1, 1)), WEIGHT, padding=1), TWICE),
     "own reflection on zeros": (lambda x: reflecting(masked)(F.pad(x, (1, 1))), TWICE),
     "own reflection on reflected": (lambda x: reflecting(masked)(F.pad(x, (1, 1, 1, 0), "reflect")), TWICE),
