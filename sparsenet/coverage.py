@@ -7,6 +7,7 @@ counted and named.
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import json
@@ -175,7 +176,7 @@ def _check(model: nn.Module, result: Result) -> None:
         result.status, result.reason = "refused", " | ".join(refusals)
         return
     enliven(model, inputs)
-    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    original = copy.deepcopy(model.state_dict())  # with its metadata, by which MNASNet tells the versions of its layers
     plain = _outputs(model, inputs)
     model.double()
     doubled = tree_map_only(Tensor, Tensor.double, inputs)
@@ -395,7 +396,8 @@ def summary(results: list[Result]) -> str:
     whole = sum(result.status == "passed" and result.share >= 0.99 for result in results)
     return (
         f"{found['passed']} of {tried} models passed, {whole} of them with at least 99 % of their convolutions' MACs "
-        f"guided; {found['refused']} were refused with a clear error, having no convolution after a stage of maps"
+        f"guided; {found['refused']} take no images, or have no convolution after a stage of 2-D maps, and were refused "
+        "with a clear error"
     )
 
 
