@@ -396,8 +396,8 @@ def summary(results: list[Result]) -> str:
     whole = sum(result.status == "passed" and result.share >= 0.99 for result in results)
     return (
         f"{found['passed']} of {tried} models passed, {whole} of them with at least 99 % of their convolutions' MACs "
-        f"guided; {found['refused']} take no images, or have no convolution after a stage of 2-D maps, and were refused "
-        "with a clear error"
+        f"guided; {found['refused']} take no images, or have no convolution after a stage of 2-D maps, and were "
+        "refused with a clear error"
     )
 
 
