@@ -17,7 +17,7 @@ thorough: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python examples/ssd_voc.py
 
-# Every model of torchvision and one of each of timm's files: three hours. Interrupted, it goes on where it was; after a
+# Every model of torchvision and one of each of timm's files: about an hour. Interrupted, it goes on where it was; after a
 # change of the library, remove coverage.json first.
 coverage: $(INSTALLED)
 	$(BIN)/sparsenet coverage --suite torchvision --json coverage.json --markdown docs/coverage.md
