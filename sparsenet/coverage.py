@@ -30,7 +30,8 @@ from sparsenet.masks import blobs
 from sparsenet.record import record
 from sparsenet.regions import Everywhere
 from sparsenet.selector import GivenMask
-from sparsenet.surgery import call, densify, example_inputs, plan, selectify, stages
+from sparsenet.stage import watch
+from sparsenet.surgery import call, densify, example_inputs, plan, quietly, selectify, stages
 
 STAGES = ("stride4", "stride8")
 DENSITY = 0.3
@@ -227,10 +228,12 @@ def _check(model: nn.Module, result: Result) -> None:
 
 def _stage(model: nn.Module, inputs: Any, reenter: bool) -> tuple[str | None, list[str]]:
     """The first stage of the catalogue that a model can be embedded at, and why it is not one before. A network without
-    a map at these strides is tried at whatever else has a name."""
+    a map at these strides is tried at whatever else has a name, and at the first module that gives a map."""
     refusals = []
+    with quietly(model):
+        maps = watch(model, lambda: call(model, inputs)).maps
     others = [stage.path for stage in stages(model, example_inputs=inputs)]
-    for at in dict.fromkeys([*STAGES, *others]):
+    for at in dict.fromkeys([*STAGES, *others, *(found.path for found in maps[:1])]):
         try:
             selectify(model, at, selector=GivenMask(), example_inputs=inputs, reenter=reenter, inplace=True)
         except ValueError as error:
