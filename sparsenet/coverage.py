@@ -139,13 +139,9 @@ def build(suite: str, name: str) -> nn.Module:
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)
-    without = {"weights": None} | ({"weights_backbone": None} if "weights_backbone" in _parameters(builder) else {})
-    built: nn.Module = builder(**without)
+    weights = [name for name in ("weights", "weights_backbone") if name in inspect.signature(builder).parameters]
+    built: nn.Module = builder(**dict.fromkeys(weights))
     return built
-
-
-def _parameters(builder: Any) -> list[str]:
-    return list(inspect.signature(builder).parameters)
 
 
 # -- one model -------------------------------------------------------------------------------------------------
@@ -209,16 +205,15 @@ def _check(model: nn.Module, result: Result) -> None:
         with context.use_backend("rows"), record(model) as rec:
             rows = _outputs(model, doubled)
     result.macs_cut = 1 - rec.macs / rec.dense_macs
-    hold = _Bounds(result)
-    hold("all active", active.raw, truth.raw, FACTOR * own_error(plain.raw, truth.raw))
+    _hold(result, "all active", active.raw, truth.raw, FACTOR * own_error(plain.raw, truth.raw))
     in_double = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     allowed = FACTOR * own_error(single.raw, reference.raw) * (1.0 if precision.single else in_double)
-    hold("masked", rows.raw, reference.raw, allowed)
+    _hold(result, "masked", rows.raw, reference.raw, allowed)
     if truth.final:
         with context.setting(regions=Everywhere(), backend="rows"):
             active = _outputs(model, doubled)
-        hold("all active, detections", active.final, truth.final, 1e-6 * largest(truth.final))
-        hold("masked, detections", rows.final, reference.final, 1e-6 * largest(reference.final))
+        _hold(result, "all active, detections", active.final, truth.final, 1e-6 * largest(truth.final))
+        _hold(result, "masked, detections", rows.final, reference.final, 1e-6 * largest(reference.final))
     if not rec.macs < rec.dense_macs:
         raise AssertionError("the mask saves no multiply-accumulates")
     if gap(rows.raw, truth.raw) <= (10 if precision.single else 1e3) * allowed:
@@ -257,17 +252,12 @@ class _Precision(TorchDispatchMode):
         return result
 
 
-class _Bounds:
-    """Compares, notes, and raises where a bound does not hold."""
-
-    def __init__(self, result: Result):
-        self.result = result
-
-    def __call__(self, name: str, got: list[Tensor], wanted: list[Tensor], allowed: float) -> None:
-        found = gap(got, wanted)
-        self.result.errors[name] = found / allowed
-        if not found <= allowed:
-            raise AssertionError(f"{name}: error {found:.3g}, allowed {allowed:.3g}")
+def _hold(result: Result, name: str, got: list[Tensor], wanted: list[Tensor], allowed: float) -> None:
+    """Compare, note, and raise where a bound does not hold."""
+    found = gap(got, wanted)
+    result.errors[name] = found / allowed
+    if not found <= allowed:
+        raise AssertionError(f"{name}: error {found:.3g}, allowed {allowed:.3g}")
 
 
 def own_error(single: list[Tensor], double: list[Tensor]) -> float:

@@ -29,10 +29,9 @@ Pads = tuple[Pair, Pair]  # ((top, bottom), (left, right))
 
 
 class Geometry(NamedTuple):
-    """Where a convolution reads: its window, what is padded, and the size of its output."""
+    """Where a convolution reads: its window, and the size of its output."""
 
     window: Window
-    pads: Pads
     out_grid: Pair
 
 
@@ -132,7 +131,7 @@ def conv_transpose2d(
     apart = weight.view(groups, inputs // groups, outputs, *kernel)
     swapped = apart.transpose(1, 2).reshape(groups * outputs, inputs // groups, *kernel)
     per_site = weight.numel() / (steps[0] * steps[1])  # so many taps, on average, meet an input pixel
-    geometry = Geometry(window, ((pads[0], pads[0]), (pads[1], pads[1])), (height, width))
+    geometry = Geometry(window, (height, width))
     return _convolution("conv_transpose2d", x, swapped, bias, groups, geometry, dense, per_site, "auto", None)
 
 
@@ -149,7 +148,7 @@ def _convolution(
     fill: Tensor | None,
 ) -> Features:
     """A convolution by rows, or `dense`, which is the same of an ordinary map, where that is asked for or better."""
-    selection, (window, _, out_grid) = x.selection, geometry
+    selection, (window, out_grid) = x.selection, geometry
     if bias is not None and bias.shape != weight.shape[:1]:  # rows would broadcast a single number
         raise RuntimeError(f"the bias has shape {list(bias.shape)}, but the convolution {len(weight)} output channels")
     used: tuple[str, str | None] = ("reference", None)
@@ -195,7 +194,7 @@ def _geometry(grid: Pair, kernel: Pair, stride: Pair, pads: Pads, dilation: Pair
     narrower = {"reflect": 1, "circular": 0}.get(padding_mode)  # than the map, by how much padding must be
     if narrower is not None and any(max(pad) > size - narrower for size, pad in zip(grid, pads, strict=True)):
         raise RuntimeError(f"{padding_mode} padding of {pads} is too wide for the map {grid}")
-    return Geometry(Window(kernel, stride, (pads[0][0], pads[1][0]), dilation, padding_mode), pads, (height, width))
+    return Geometry(Window(kernel, stride, (pads[0][0], pads[1][0]), dilation, padding_mode), (height, width))
 
 
 def _joined(around: Padding, pads: Pads, padding_mode: str) -> tuple[Pads, str]:

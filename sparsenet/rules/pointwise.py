@@ -19,7 +19,7 @@ _ACTIVATIONS = """
 _FUNCTIONS = """
     relu sigmoid tanh abs neg exp log sqrt rsqrt square sin cos tan erf erfc expm1 log1p log2
     log10 exp2 reciprocal sign selu celu hardshrink threshold positive negative absolute floor ceil round trunc frac
-    asinh acosh atan sinh cosh asin acos logit sigmoid special_expit nan_to_num isnan isinf isfinite logical_not
+    asinh acosh atan sinh cosh asin acos logit nan_to_num isnan isinf isfinite logical_not
     bitwise_not dropout alpha_dropout rrelu __neg__ __pos__ __abs__ __invert__
 """
 
