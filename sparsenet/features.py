@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 
+from sparsenet.backends.epilogue import Epilogue
 from sparsenet.calls import is_in_place, name_of
 from sparsenet.form import Form
 from sparsenet.selection import Operation, Selection, kept_from_checkpoints
 from sparsenet.sites import ActiveSites, Pair
+from sparsenet.work import Work
 
 Rule = Callable[..., Any]
 
@@ -85,6 +88,7 @@ class _Memory:
         self.writes = 0
         self.lost = False
         self.wrappers: list[TensorWeakRef] = []
+        self.readers: list[ref[Work]] = []
         self.copies = [] if copies is None else copies
         self.copies.append(self)
 
@@ -111,7 +115,8 @@ class Features(torch.Tensor):
     fill: Tensor | None
     grid: Pair
     form: Form
-    _value: Tensor
+    _held: Tensor | None  # the value, if it is computed
+    _work: Work | None  # what computes it, in a frozen model
     _passage: _Passage
     _live: bool
     _tied: bool  # in the graph by its mask only, not by its value
@@ -163,7 +168,8 @@ class Features(torch.Tensor):
     ) -> Features:
         shape = form.shape(selection.batch, grid)
         features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
-        features._value = value
+        features._held = value
+        features._work = None
         features.selection = selection
         features.grid = grid
         features.form = form
@@ -176,6 +182,25 @@ class Features(torch.Tensor):
         features._lent = []
         features._joins(_Memory())
         return features
+
+    @classmethod
+    def deferred(
+        cls, work: Work, selection: Selection, grid: Pair, *, full: bool, fill: Tensor | None, form: Form | None = None
+    ) -> Features:
+        """Features whose value is computed when it is first read."""
+        form = Form.plain_of(work.outputs) if form is None else form
+        features = cls._wrap(work.rows, selection, grid, full, fill, True, form)
+        features._held = None
+        features._work = work
+        return features
+
+    def then(self, step: Callable[[Epilogue], Epilogue | None]) -> Features | None:
+        """These features after one step more of their layer's epilogue, or `None` where it cannot be part of it."""
+        work = self._work if self._held is None else None
+        following = None if work is None else work.then(step(work.epilogue))
+        if following is None:
+            return None
+        return self.deferred(following, self.selection, self.grid, full=self.full, fill=None, form=self.form)
 
     def like(self, value: Tensor, live: bool | None = None, form: Form | None = None) -> Features:
         """Features of the same sites with another value, as a pointwise operation gives them."""
@@ -224,11 +249,50 @@ class Features(torch.Tensor):
                     _Rebase.apply(wrapper, wrapper._value)
         return self
 
+    def becomes(self, other: Features) -> Features:
+        """This very object as what an in-place operation leaves, which is not computed yet."""
+        self._memory.written()
+        self._held, self._work, self.full, self.fill, self._read = None, other._work, other.full, None, None
+        return self
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other features share its memory, or are copies of it that PyTorch calls views."""
+        return len(self._memory.alive()) == 1 and len(self._memory.copies) == 1 and not self._lent
+
+    def writable(self) -> Tensor:
+        """The value, to be written to. What is still to be computed from it is computed first."""
+        for reference in self._memory.readers:
+            work = reference()
+            if work is not None:
+                work.result()
+        self._memory.readers.clear()
+        return self.value
+
+    def read_by(self, work: Work) -> None:
+        """Work that will read the value when it is computed."""
+        self._memory.readers.append(ref(work))
+
     def _joins(self, memory: _Memory) -> None:
         self._memory = memory
         memory.wrappers.append(TensorWeakRef(self))
 
     # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def _value(self) -> Tensor:
+        if self._held is None:
+            assert self._work is not None
+            self._held, self._work = self._of_result(self._work.result()), None
+        return self._held
+
+    @_value.setter
+    def _value(self, value: Tensor) -> None:
+        self._held, self._work = value, None
+
+    def _of_result(self, rows: Tensor) -> Tensor:
+        """The value of a layer's rows."""
+        raise NotImplementedError
 
     @property
     def value(self) -> Tensor:
@@ -355,6 +419,9 @@ class Features(torch.Tensor):
 class MaskedFeatures(Features):
     """The unmasked dense map and its selection: see the module's text."""
 
+    def _of_result(self, rows: Tensor) -> Tensor:
+        return rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
+
     def restricted(self) -> Tensor:
         return self.value
 
@@ -375,6 +442,8 @@ class MaskedFeatures(Features):
         """Zero at inactive pixels: made once per tensor. Multiplying here, and not after every operation, leaves the
         mask a gradient at inactive pixels, so that pixels once switched off can return."""
         value, recording = self.value, torch.is_grad_enabled()
+        if self.selection.everything:
+            return value
         if self._read is None or self._read[:2] != (recording, self._memory.writes):
             with kept_from_checkpoints():
                 gate = self.gate
@@ -413,6 +482,9 @@ class SparseFeatures(Features):
     ) -> Features:
         """Features of rows (n, C)."""
         return cls.make(as_value(rows), selection, grid, full=full, fill=fill, form=form)
+
+    def _of_result(self, rows: Tensor) -> Tensor:
+        return as_value(rows)
 
     @property
     def rows(self) -> Tensor:
@@ -480,7 +552,7 @@ def as_value(rows: Tensor) -> Tensor:
 
 
 def as_rows(value: Tensor) -> Tensor:
-    """The value (1, C, n, 1) of `SparseFeatures` as rows (n, C): no copy of a channels-last one."""
+    """A value as rows (n, C), in `MaskedFeatures` one for each pixel: no copy of a channels-last one."""
     return value.permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -491,6 +563,11 @@ def enter(dense: Tensor, selection: Selection) -> Features:
         return MaskedFeatures.make(dense, selection, grid, full=True)
     rows = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
     return SparseFeatures.of_rows(rows, selection, grid, full=True)
+
+
+def ordinary(features: Tensor) -> Tensor:
+    """What a frozen network computes without a mask, as the ordinary map that it is, in channels-last memory."""
+    return features.value if isinstance(features, Features) and features.selection.everything else features
 
 
 def _requires_grad(features: Features) -> bool:
@@ -514,7 +591,12 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
     leaves = tree_leaves((args, kwargs)) if nested else [*args, *kwargs.values()]
     leaving = [leaf for leaf in leaves if isinstance(leaf, Features)]
     if _writes_to_features(func, args, kwargs):
-        raise RuntimeError(in_place_message(name))
+        if not isinstance(args[0], Features) or not args[0].selection.everything or not args[0].form.plain:
+            raise RuntimeError(in_place_message(name))
+        args = (args[0].writable(), *args[1:])  # an ordinary map, and its memory is what the features hold
+        leaving = leaving[1:]
+        if not leaving:
+            return func(*args, **kwargs)
     selection, grid = leaving[0].selection, leaving[0].grid
     if selection.options.strict:
         raise RuntimeError(

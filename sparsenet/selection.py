@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,7 +31,7 @@ class Levels(Protocol):
 class Operation:
     """One operation as it met guided features.
 
-    `status` is "guided", "reduction" (over space: the result is an ordinary tensor by nature), "exit" (the features
+    `status` is "guided", "dense" (a frozen layer that no mask guides), "reduction" (over space: the result is an ordinary tensor by nature), "exit" (the features
     became an ordinary tensor, for `reason`), "reentry" (an ordinary map took up its sites again) or "output" (the model
     gave the features to its caller, as an ordinary tensor). MACs are of the whole batch: `macs` as computed at active
     pixels, `dense_macs` as the original would compute them.
@@ -96,6 +96,9 @@ class Selection:
 
     It travels with the features, so that recomputation in a backward pass sees the same masks.
 
+    Attributes:
+        everything: whether it is of a part of a frozen network that no mask guides: see `Everything`.
+
     Args:
         levels: where the masks come from.
         batch, size, device: of the map at the stage.
@@ -103,6 +106,8 @@ class Selection:
         owner: the selector whose pass it is.
         live: whether masks take gradient, for which the dense storage is needed.
     """
+
+    everything = False
 
     def __init__(
         self,
@@ -184,6 +189,43 @@ class Selection:
             yield
             found = operation()
         self.report(found)
+
+
+class Everything(Selection):
+    """All pixels of every map: in a frozen network, the selection of what runs before the stage, or behind an exit.
+
+    Its features are in the dense storage, and ordinary maps to whatever else they meet.
+    """
+
+    everything = True
+
+    def __init__(self, batch: int, device: torch.device, observers: tuple[Observer, ...] = ()):
+        super().__init__(_AllPixels(batch, device), batch, (0, 0), device, Options("reference"))
+        self.observers = observers
+
+    def sites(self, size: Pair) -> ActiveSites:
+        return self.everywhere(size)
+
+    def report(self, operation: Operation) -> None:
+        if operation.macs:
+            super().report(replace(operation, status="dense"))
+
+
+@dataclass(frozen=True)
+class _AllPixels:
+    """The levels of `Everything`."""
+
+    batch: int
+    device: torch.device
+
+    def mask(self, size: Pair) -> Tensor:
+        return ActiveSites.all(self.batch, size, self.device).mask
+
+    def gate(self, size: Pair) -> Tensor | None:
+        return None
+
+    def saliency(self, size: Pair) -> Tensor | None:
+        return None
 
 
 @contextmanager

@@ -111,6 +111,11 @@ class ActiveSites:
         return self.mask.flatten().nonzero()[:, 0]
 
     @cached_property
+    def table(self) -> Tensor:
+        """The kernel map that reads each site among all pixels: int32 (n, 1)."""
+        return self.index.int()[:, None]
+
+    @cached_property
     def image(self) -> Tensor:
         """Which image of the batch each site belongs to: int64 (n,)."""
         return self.index // (self.size[0] * self.size[1])
@@ -190,6 +195,14 @@ def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> Ker
     """
     place = source.read_at(window, target)
     return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
+    """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
+    source = ActiveSites.all(1, size, device)
+    return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
 
 
 @lru_cache(maxsize=64)

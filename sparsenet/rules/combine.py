@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.calls import is_in_place
-from sparsenet.features import Features, Leaves, rule
+from sparsenet.features import Features, Leaves, as_rows, rule
 
 _ARITHMETIC = """
     add sub mul div true_divide subtract multiply divide maximum minimum rsub pow fmax fmin remainder fmod floor_divide
@@ -30,6 +30,10 @@ def _functions() -> list[Any]:
     ]
 
 
+_ADDING = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_SCALING = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
+
+
 def common(parts: list[Any]) -> tuple[Features, bool]:
     """A feature map that speaks for all of `parts`, and whether their combination is full.
 
@@ -37,8 +41,10 @@ def common(parts: list[Any]) -> tuple[Features, bool]:
         Leaves: when two belong to different selections, sizes or forms, or a tensor is larger than the map.
     """
     guided = [part for part in parts if isinstance(part, Features)]
-    first = guided[0]
+    first = next((part for part in guided if not part.selection.everything), guided[0])
     for part in guided:
+        if part.selection.everything and part.selection is not first.selection and part.form.plain:
+            continue  # from before the stage: an ordinary map
         if part.form.padding is not None:
             raise Leaves(part.form.description)
         if part.selection is not first.selection:
@@ -50,13 +56,13 @@ def common(parts: list[Any]) -> tuple[Features, bool]:
     order = first.form.order
     lengths = {"N": first.selection.batch, "H": first.grid[0], "W": first.grid[1]}
     for part in parts:
-        if isinstance(part, Tensor) and not isinstance(part, Features):
+        if isinstance(part, Tensor) and not (isinstance(part, Features) and part.selection is first.selection):
             if part.dim() > len(order):
                 raise Leaves("meets a tensor of more dimensions")
             for letter, length in zip(order[len(order) - part.dim() :], part.shape, strict=True):
                 if letter != "C" and length not in (1, lengths[letter]):
                     raise Leaves(f"meets a tensor of another {'batch size' if letter == 'N' else 'size'}")
-    return first, all(part.full for part in guided)
+    return first, all(part.full for part in guided if part.selection is first.selection)
 
 
 def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
@@ -64,10 +70,10 @@ def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
     first, full = common(parts)
     cells = []
     for part in parts:
-        if isinstance(part, Features):
+        if isinstance(part, Features) and part.selection is first.selection:
             cells.append(part.cells(part.value if full else part.restricted()))
         elif isinstance(part, Tensor):
-            cells.append(first.operand(part, full))
+            cells.append(first.operand(part.whole() if isinstance(part, Features) else part, full))
         else:
             cells.append(part)
     return first, full, cells
@@ -75,7 +81,7 @@ def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
 
 def made(first: Features, cells: Tensor, full: bool, parts: list[Any]) -> Features:
     """Features of cells that were combined of `parts`."""
-    live = any(part._live for part in parts if isinstance(part, Features))
+    live = any(part._live for part in parts if isinstance(part, Features) and part.selection is first.selection)
     form = first.form.with_channels(cells.shape[1:-2])
     return type(first).make(first.packed(cells), first.selection, first.grid, full=full, live=live, form=form)
 
@@ -91,8 +97,12 @@ def arithmetic(func: Any, *args: Any, **kwargs: Any) -> Features:
         raise Leaves("writes into an ordinary tensor")
     if func is torch.where and len(tensors) == 1:
         raise Leaves("gives the places of pixels")
+    following = _continued(func, args, in_place) if len(args) == 2 and not kwargs else None
+    if following is not None:
+        return following
     first, full, cells = aligned(tensors)
     if in_place:
+        first.writable()
         own = first.value if full else first.restricted()
         own = own if own is first._value else own.clone()  # neither a view nor rows that others hold
         cells[0] = first.cells(own)
@@ -101,6 +111,54 @@ def arithmetic(func: Any, *args: Any, **kwargs: Any) -> Features:
     if result is NotImplemented:
         return result
     return first.replace(own, full) if in_place else made(first, result, full, tensors)
+
+
+def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | None:
+    """A sum with what a layer has yet to compute, or its product with a number for each channel, as part of the
+    layer's work, if it can be."""
+    if func not in _ADDING and func not in _SCALING:
+        return None
+    for layer, other in (parts, parts[::-1]):
+        if not isinstance(layer, Features) or layer._work is None or not isinstance(other, Tensor) or other is layer:
+            continue
+        if func in _ADDING:
+            following = _with_residual(layer, other)
+        else:
+            following = None if isinstance(other, Features) else _with_scale(layer, other)
+        if following is None:
+            continue
+        if not in_place:
+            return following
+        if parts[0] is layer:
+            return layer.becomes(following)
+        if isinstance(parts[0], Features) and parts[0].alone and parts[0].selection is layer.selection:
+            return parts[0].becomes(following)
+    return None
+
+
+def _with_residual(layer: Features, other: Tensor) -> Features | None:
+    if not isinstance(other, Features) or (other.form, other.grid) != (layer.form, layer.grid):
+        return None
+    if other.selection is not layer.selection:
+        return None
+    if layer.full and not other.full:
+        return None
+    residual = as_rows(other.value if layer.full else other.restricted())
+    following = layer.then(lambda epilogue: epilogue.plus(residual))
+    if following is not None and following._work is not None:
+        other.read_by(following._work)
+    return following
+
+
+def _with_scale(layer: Features, other: Tensor) -> Features | None:
+    form = layer.form
+    if len(form.channels) != 1 or other.numel() != form.channels[0] or other.dim() > len(form.order):
+        return None
+    cells = form.cells(other[(None,) * (len(form.order) - other.dim())])
+    if cells.shape[1] != form.channels[0] or other.dtype != layer.dtype or other.requires_grad:
+        return None
+    scale = cells.flatten()
+    return layer.then(lambda epilogue: epilogue.scaled(scale, None))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, any_form=True)

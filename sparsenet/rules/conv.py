@@ -78,13 +78,8 @@ def masked_conv2d(
     Raises:
         Leaves: for another form, and for padding that two sides disagree about.
     """
-    if x.form.order != "NCHW":
-        raise Leaves(x.form.description)
-    kernel, dilation = pair(weight.shape[2:]), pair(dilation)
-    pads = _pads(padding if isinstance(padding, str) else pair(padding), kernel, dilation)
-    if x.form.padding is not None:
-        pads, padding_mode = _joined(x.form.padding, pads, padding_mode)
-    geometry = _geometry(x.grid, kernel, pair(stride), pads, dilation, padding_mode)
+    geometry, pads, padding_mode = geometry_of(x, pair(weight.shape[2:]), stride, padding, dilation, padding_mode)
+    dilation = geometry.window.dilation
 
     def dense(read: Tensor) -> Tensor:
         (top, bottom), (left, right) = pads
@@ -95,6 +90,23 @@ def masked_conv2d(
 
     per_site = weight.shape[1] * geometry.window.taps * weight.shape[0]
     return _convolution("conv2d", x, weight, bias, groups, geometry, dense, per_site, backend, fill)
+
+
+def geometry_of(
+    x: Features, kernel: Pair, stride: Any, padding: Any, dilation: Any, padding_mode: str
+) -> tuple[Geometry, Pads, str]:
+    """Where a convolution of a map, padded or not, reads it, with the padding and its mode in one.
+
+    Raises:
+        Leaves: for another form, and for padding that two sides disagree about.
+    """
+    if x.form.order != "NCHW":
+        raise Leaves(x.form.description)
+    dilation = pair(dilation)
+    pads = _pads(padding if isinstance(padding, str) else pair(padding), kernel, dilation)
+    if x.form.padding is not None:
+        pads, padding_mode = _joined(x.form.padding, pads, padding_mode)
+    return _geometry(x.grid, kernel, pair(stride), pads, dilation, padding_mode), pads, padding_mode
 
 
 @rule(F.conv_transpose2d, torch.conv_transpose2d)

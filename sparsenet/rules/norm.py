@@ -35,6 +35,11 @@ def batch_norm(
         return x.like(func(x.value, mean, var, weight, bias, False, momentum, eps))
 
     if not training:
+        if running_mean is not None and running_var is not None and x._work is not None:
+            scale, shift = x._work.layer.folded(running_mean, running_var, weight, bias, eps)
+            following = x.then(lambda epilogue: epilogue.scaled(scale, shift))
+            if following is not None:
+                return following
         return by_running_statistics()
     local = len(x.selection.sites(x.grid))
     if isinstance(x, SparseFeatures) and not x.full and group is None and local > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.backends.epilogue import activation_of
 from sparsenet.calls import is_in_place
 from sparsenet.features import Features, Leaves, rule
 
@@ -36,12 +37,17 @@ def pointwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Features
         raise Leaves("an argument other than the first is a tensor")
     if input.form.padding is not None:
         raise Leaves(input.form.description)
-    before = input.value
+    in_place = is_in_place(func, (input, *args), kwargs)
+    activation = activation_of(func, args, kwargs, input.dtype)
+    following = None if activation is None else input.then(lambda epilogue: epilogue.activated(*activation))
+    if following is not None:
+        return input.becomes(following) if in_place else following
+    before = input.writable() if in_place else input.value
     value = func(before, *args, **kwargs)
     if value is not before:
         return input.like(value)
     # Some give back their argument where there is nothing to do: dropout in evaluation.
-    return input.replace(value, input.full) if is_in_place(func, (input, *args), kwargs) else input
+    return input.replace(value, input.full) if in_place else input
 
 
 @rule(F.prelu, torch.prelu, Tensor.prelu)

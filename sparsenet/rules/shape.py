@@ -242,6 +242,7 @@ def setitem(func: Any, input: Any, index: Any, value: Any) -> None:
     if full != input.full:
         input.replace(input.restricted().clone(), full)
         return setitem(func, input, index, value)
+    input.writable()
     into[:] = given
     input.replace(input._value, full)
     return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import context
-from sparsenet.features import Features, enter
+from sparsenet.features import Features, enter, ordinary
 from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
@@ -65,11 +65,11 @@ class Selector(nn.Module):
 
     def enter(self, features: Tensor) -> Tensor:
         """Guided features of an ordinary map (N, C, H, W); what is guided already stays as it is."""
-        if isinstance(features, Features):
+        if isinstance(features, Features) and not features.selection.everything:
             return features
         settings = context.current()
         if settings.stop_at == "stage":
-            raise PassEnded(features, context.frame())
+            raise PassEnded(ordinary(features), context.frame())
         observers = tuple(observer for observer in settings.observers if observer.selector is self)
         with ExitStack() as selecting:
             for observer in observers:
@@ -85,13 +85,13 @@ class Selector(nn.Module):
         size = (features.shape[2], features.shape[3])
         options = replace(self.options, backend=backend)
         selection = Selection(levels, len(features), size, features.device, options, observers, self, live)
-        return enter(features, selection)
+        return enter(ordinary(features), selection)
 
     def _levels(self, features: Tensor) -> Levels:
         settings = context.current()
         if settings.regions is not None:
             return GivenLevels(settings.regions.entry_mask(context.frame(), len(features), features.device))
-        logits = self.module(features)
+        logits = ordinary(self.module(features))
         expected = (len(features), 1, *features.shape[2:])
         if logits.shape == (expected[0], *expected[2:]):
             logits = logits[:, None]
@@ -104,7 +104,7 @@ class Selector(nn.Module):
         if supervision is not None:
             supervision.observe(levels, context.frame())
         if settings.stop_at == "selector":
-            raise PassEnded(features, context.frame())
+            raise PassEnded(ordinary(features), context.frame())
         return levels
 
 

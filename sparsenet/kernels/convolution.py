@@ -1,0 +1,198 @@
+"""Kernels of convolution on rows: a register tile of output sites and channels, read by way of the kernel map.
+
+No columns are gathered and nothing is copied: each tap of each site is a pointer to a row, which is the indirect
+convolution algorithm (Dukhan, arXiv 1907.02129). The sums stay in registers over all taps and channels; scale, shift,
+residual and activation are applied before they are first written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sparsenet.kernels.activations import ACTIVATIONS
+from sparsenet.kernels.machine import Kernel, lanes, registers
+
+# Addresses of rows, table, packed weights, scale and shift (padded to whole panels), residual, output, and as many
+# zeros as a row has channels; numbers of output sites, taps, channels read per group, elements from row to row of input
+# and output, outputs per group, groups, panels per group, output sites of a piece, input rows; pieces taken; the
+# activation's two parameters.
+FIELDS = (
+    "rows table weights scale shift residual out zeros sites taps channels row_stride out_stride outputs panels "
+    "group_panels piece_sites piece_panels inputs taken low high"
+).split()
+
+
+def tile(vectors: int) -> int:
+    """How many sites are computed together with so many vectors of output channels: as many sums as leave registers
+    for a row of weights and one input number."""
+    return (24 if registers() == 32 else 12) // vectors
+
+
+def panel_vectors(outputs: int, dtype: torch.dtype) -> int:
+    """Vectors of output channels in a panel: few idle lanes first, then wide panels (64 channels at 32 registers: 2 %
+    faster than 32, and 3 vectors of 8 sites waste a tenth)."""
+    width = lanes(dtype)
+    return min(
+        (4, 2, 1, 3) if registers() == 32 else (2, 1, 3), key=lambda vectors: -(-outputs // (vectors * width)) * vectors
+    )
+
+
+@functools.cache
+def product(vectors: int, dtype: torch.dtype, residual: str | None, activation: str) -> Callable[[Sequence[int]], None]:
+    """The kernel of ordinary and grouped convolution.
+
+    Weights are packed (groups, panels, taps, channels, vectors · lanes), zero beyond the outputs.
+
+    Args:
+        residual: `None`, or whether rows are added "before" or "after" the activation.
+        activation: a name of `ACTIVATIONS`.
+    """
+    kernel = Kernel(f"product_{vectors}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
+    build, sites_at_once, width = kernel.build, tile(vectors), vectors * kernel.lanes
+    rows, table, weights, zeros = (
+        kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros")
+    )
+    sites, taps, channels, row_stride = map(kernel.field, ("sites", "taps", "channels", "row_stride"))
+    piece_sites, piece_panels, inputs, outputs = map(kernel.field, ("piece_sites", "piece_panels", "inputs", "outputs"))
+    panels, group_panels = map(kernel.field, ("panels", "group_panels"))
+    finish = _Finish(kernel, residual, activation)
+    last = build.sub(sites, kernel.integer(1))
+    unrolled = 4
+    most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
+    panel_size = build.mul(build.mul(taps, channels), kernel.integer(width))
+    site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
+
+    def step(pointers: list[Any], channel: Any, weight: Any, sums: list[Any]) -> list[Any]:
+        """One input channel of every site times its weights."""
+        loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
+        found = []
+        for place, pointer in enumerate(pointers):
+            number = kernel.splat(build.load(kernel.at(pointer, channel)))
+            found += [kernel.fma(number, part, sums[place * vectors + vector]) for vector, part in enumerate(loaded)]
+        return found
+
+    # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
+    with kernel.pieces(build.mul(build.sdiv(panels, piece_panels), site_pieces)) as piece:
+        first_panel = build.mul(build.sdiv(piece, site_pieces), piece_panels)
+        first = build.mul(build.srem(piece, site_pieces), piece_sites)
+        count = kernel.smaller(build.sub(sites, first), piece_sites)
+        with kernel.loop(piece_panels) as over_panels, kernel.loop(count, step=sites_at_once) as tiles:
+            panel = build.add(first_panel, over_panels.index)
+            group, place = build.sdiv(panel, group_panels), build.srem(panel, group_panels)
+            begin = kernel.at(weights, build.mul(panel, panel_size))
+            offset = build.mul(group, channels)
+            start = build.add(first, tiles.index)
+            # Beyond the last site, the last one is computed again.
+            targets = [kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)]
+            reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
+            with kernel.loop(taps, [*[kernel.zero] * (sites_at_once * vectors), begin]) as over_taps:
+                pointers = []
+                for read in reads:
+                    row = build.sext(build.load(kernel.at(read, over_taps.index)), kernel.index_type)
+                    there = kernel.at(rows, build.mul(row, row_stride), offset)
+                    pointers.append(build.select(build.icmp_signed("<", row, inputs), there, zeros))
+                with kernel.loop(most, over_taps.values, step=unrolled) as inner:
+                    *sums, weight = inner.values
+                    for each in range(unrolled):
+                        channel = build.add(inner.index, kernel.integer(each))
+                        sums = step(pointers, channel, kernel.at(weight, each * width), sums)
+                    inner.following = [*sums, kernel.at(weight, unrolled * width)]
+                with kernel.loop(build.sub(channels, most), inner.values) as rest:
+                    *sums, weight = rest.values
+                    sums = step(pointers, build.add(most, rest.index), weight, sums)
+                    rest.following = [*sums, kernel.at(weight, width)]
+                over_taps.following = rest.values
+            *sums, _ = over_taps.values
+            for vector in range(vectors):
+                within = build.add(build.mul(place, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
+                mask = kernel.first_lanes(build.sub(outputs, within))
+                padded = build.add(build.mul(panel, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
+                channel = build.add(build.mul(group, outputs), within)
+                finish(sums[vector::vectors], targets, channel, padded, mask)
+    return kernel.compiled()
+
+
+@functools.cache
+def depthwise(
+    vectors: int, dtype: torch.dtype, residual: str | None, activation: str
+) -> Callable[[Sequence[int]], None]:
+    """The kernel of depthwise convolution, one output per input channel.
+
+    Weights are packed (taps, panels · vectors · lanes), zero beyond the channels.
+    """
+    kernel = Kernel(f"depthwise_{vectors}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
+    build, sites_at_once, width = kernel.build, max(1, tile(vectors) // 2), vectors * kernel.lanes
+    rows, table, weights, zeros = (
+        kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros")
+    )
+    sites, taps, channels, inputs = map(kernel.field, ("sites", "taps", "outputs", "inputs"))
+    panels, row_stride, piece_sites = map(kernel.field, ("panels", "row_stride", "piece_sites"))
+    finish = _Finish(kernel, residual, activation)
+    last = build.sub(sites, kernel.integer(1))
+    weight_stride = build.mul(panels, kernel.integer(width))
+    with kernel.pieces(build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)) as piece:
+        first = build.mul(piece, piece_sites)
+        count = kernel.smaller(build.sub(sites, first), piece_sites)
+        with kernel.loop(panels) as over_panels:
+            begin = build.mul(over_panels.index, kernel.integer(width))
+            offsets = [build.add(begin, kernel.integer(vector * kernel.lanes)) for vector in range(vectors)]
+            masks = [kernel.first_lanes(build.sub(channels, offset)) for offset in offsets]
+            with kernel.loop(count, step=sites_at_once) as tiles:
+                start = build.add(first, tiles.index)
+                targets = [
+                    kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)
+                ]
+                reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
+                with kernel.loop(
+                    taps, [*[kernel.zero] * (sites_at_once * vectors), kernel.at(weights, begin)]
+                ) as over_taps:
+                    *sums, weight = over_taps.values
+                    loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
+                    found = []
+                    for place, read in enumerate(reads):
+                        row = build.sext(build.load(kernel.at(read, over_taps.index)), kernel.index_type)
+                        there = kernel.at(rows, build.mul(row, row_stride))
+                        pointer = build.select(build.icmp_signed("<", row, inputs), there, zeros)
+                        for vector in range(vectors):
+                            numbers = kernel.load_lanes(kernel.at(pointer, offsets[vector]), masks[vector])
+                            found.append(kernel.fma(numbers, loaded[vector], sums[place * vectors + vector]))
+                    over_taps.following = [*found, kernel.at(weight, weight_stride)]
+                *sums, _ = over_taps.values
+                for vector in range(vectors):
+                    finish(sums[vector::vectors], targets, offsets[vector], offsets[vector], masks[vector])
+    return kernel.compiled()
+
+
+class _Finish:
+    """The end of both kernels: sums to outputs."""
+
+    def __init__(self, kernel: Kernel, residual: str | None, activation: str):
+        self.kernel, self.order = kernel, residual
+        self.scale, self.shift, self.residual, self.out = map(kernel.pointer, ("scale", "shift", "residual", "out"))
+        self.stride = kernel.field("out_stride")
+        self.activation = ACTIVATIONS[activation]
+        self.parameters = kernel.number("low"), kernel.number("high")
+
+    def __call__(self, sums: list[Any], sites: list[Any], channel: Any, padded: Any, mask: Any) -> None:
+        """Write one vector of output channels of each site.
+
+        Args:
+            channel: the vector's first channel, and `padded`, its place where panels are whole.
+        """
+        kernel = self.kernel
+        scale, shift = (kernel.load(kernel.at(each, padded)) for each in (self.scale, self.shift))
+        for total, site in zip(sums, sites, strict=True):
+            target = kernel.build.add(kernel.build.mul(site, self.stride), channel)
+            value = kernel.fma(total, scale, shift)
+            if self.order is not None:
+                added = kernel.load_lanes(kernel.at(self.residual, target), mask)
+            if self.order == "before":
+                value = kernel.build.fadd(value, added)
+            value = self.activation(kernel, value, *self.parameters)
+            if self.order == "after":
+                value = kernel.build.fadd(value, added)
+            kernel.store_lanes(value, kernel.at(self.out, target), mask)

@@ -1,0 +1,279 @@
+"""Machine code made at run time: vector arithmetic and loops on top of llvmlite, and its parallel launch.
+
+llvmlite carries LLVM in its wheel, so that no compiler is needed where sparsenet runs. A kernel is a function of one
+argument, a `job`: an array of 64-bit numbers. Each thread that runs it takes pieces of the job until none is left.
+Launches go through the OpenMP runtime that PyTorch has loaded, and so to PyTorch's own threads: a second pool would
+find the cores taken by the first, whose threads spin for a while after every operation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def unsupported() -> str | None:
+    """Why no kernel can run on this machine, or `None`."""
+    try:
+        _llvm()
+    except ImportError:
+        return "the package llvmlite is not installed"
+    try:
+        _ = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError, OSError):
+        return "PyTorch's threads are not GNU OpenMP's"
+    return None
+
+
+@functools.cache
+def _llvm() -> SimpleNamespace:
+    """LLVM, ready to make code for this very processor."""
+    from llvmlite import binding, ir
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    features = binding.get_host_cpu_features()
+    target = binding.Target.from_default_triple()
+    machine = target.create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=features.flatten() + (",-prefer-256-bit" if features.get("avx512f") else ""),
+        opt=3,
+    )
+    return SimpleNamespace(
+        ir=ir,
+        binding=binding,
+        machine=machine,
+        engine=binding.create_mcjit_compiler(binding.parse_assembly(""), machine),
+        # Bytes in a vector register, and how many registers there are.
+        bytes=64 if features.get("avx512f") else 32 if features.get("avx2") else 16,
+        registers=32 if features.get("avx512f") or "aarch64" in target.triple else 16,
+        modules=[],
+    )
+
+
+def lanes(dtype: torch.dtype) -> int:
+    """Numbers in a vector register."""
+    bytes: int = _llvm().bytes
+    return bytes // dtype.itemsize
+
+
+def registers() -> int:
+    """Vector registers of the processor."""
+    count: int = _llvm().registers
+    return count
+
+
+@dataclass
+class Loop:
+    """A loop being written: `index` and the `values` it carries; set `following` to what the next turn gets."""
+
+    index: Any
+    values: list[Any]
+    following: list[Any]
+
+
+class Kernel:
+    """A kernel being written, instruction by instruction. Operators of `build` are LLVM's.
+
+    Args:
+        name: of the kernel.
+        fields: names of the job's 64-bit numbers, in order: addresses, integers, and float64 numbers.
+        dtype: what vectors hold.
+    """
+
+    def __init__(self, name: str, fields: Sequence[str], dtype: torch.dtype):
+        self.llvm = _llvm()
+        ir = self.llvm.ir
+        self.ir = ir
+        self.fields = list(fields)
+        self.lanes = lanes(dtype)
+        self.index_type = ir.IntType(64)
+        self.scalar = ir.FloatType() if dtype is torch.float32 else ir.DoubleType()
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+        self.suffix = f"v{self.lanes}f{8 * dtype.itemsize}"
+        self.bits = ir.VectorType(ir.IntType(8 * dtype.itemsize), self.lanes)
+        self.lane_mask = ir.VectorType(ir.IntType(1), self.lanes)
+        self.module = ir.Module(name)
+        self.module.triple = self.llvm.binding.get_default_triple()
+        self.function = ir.Function(
+            self.module, ir.FunctionType(ir.VoidType(), [self.index_type.as_pointer()]), f"sparsenet_{name}"
+        )
+        self.function.attributes.add("nounwind")
+        self.build = ir.IRBuilder(self.function.append_basic_block())
+        self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
+
+    # -- numbers -----------------------------------------------------------------------------------------------
+
+    def integer(self, value: int) -> Any:
+        return self.ir.Constant(self.index_type, value)
+
+    def constant(self, value: float) -> Any:
+        return self.ir.Constant(self.vector, [value] * self.lanes)
+
+    def field(self, name: str) -> Any:
+        """An integer of the job."""
+        return self.build.load(self._place(name))
+
+    def number(self, name: str) -> Any:
+        """A float64 number of the job, in every lane."""
+        address = self.build.bitcast(self._place(name), self.ir.DoubleType().as_pointer())
+        value = self.build.load(address)
+        return self.splat(value if self.scalar == self.ir.DoubleType() else self.build.fptrunc(value, self.scalar))
+
+    def pointer(self, name: str, integers: bool = False) -> Any:
+        """An address in the job, of numbers or of 32-bit integers."""
+        kind = self.ir.IntType(32) if integers else self.scalar
+        return self.build.inttoptr(self.field(name), kind.as_pointer())
+
+    def _place(self, name: str) -> Any:
+        return self.build.gep(self.function.args[0], [self.integer(self.fields.index(name))])
+
+    def splat(self, value: Any) -> Any:
+        """A scalar in every lane."""
+        kind = self.ir.VectorType(value.type, self.lanes)
+        undefined = self.ir.Constant(kind, self.ir.Undefined)
+        first = self.ir.Constant(self.ir.IntType(32), 0)
+        zeros = self.ir.Constant(self.ir.VectorType(self.ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.build.shuffle_vector(self.build.insert_element(undefined, value, first), undefined, zeros)
+
+    def smaller(self, one: Any, other: Any) -> Any:
+        """The smaller of two integers."""
+        return self.build.select(self.build.icmp_signed("<", one, other), one, other)
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def at(self, pointer: Any, *offsets: Any) -> Any:
+        """A pointer, moved on by elements."""
+        for offset in offsets:
+            pointer = self.build.gep(pointer, [self.integer(offset) if isinstance(offset, int) else offset])
+        return pointer
+
+    def load(self, pointer: Any) -> Any:
+        """A vector, aligned or not."""
+        address = self.build.bitcast(pointer, self.vector.as_pointer())
+        return self.build.load(address, align=self._align)
+
+    def load_lanes(self, pointer: Any, mask: Any) -> Any:
+        """A vector of the lanes in a mask, zero elsewhere: nothing is read there."""
+        address = self.build.bitcast(pointer, self.vector.as_pointer())
+        kind = [address.type, self.ir.IntType(32), self.lane_mask, self.vector]
+        function = self._intrinsic(f"llvm.masked.load.{self.suffix}.p0", self.vector, kind)
+        return self.build.call(function, [address, self._alignment, mask, self.zero])
+
+    def store_lanes(self, value: Any, pointer: Any, mask: Any) -> None:
+        address = self.build.bitcast(pointer, self.vector.as_pointer())
+        kind = [self.vector, address.type, self.ir.IntType(32), self.lane_mask]
+        function = self._intrinsic(f"llvm.masked.store.{self.suffix}.p0", self.ir.VoidType(), kind)
+        self.build.call(function, [value, address, self._alignment, mask])
+
+    def first_lanes(self, count: Any) -> Any:
+        """A mask of the first so many lanes: none if negative, all if more than there are."""
+        places = self.ir.Constant(self.ir.VectorType(self.index_type, self.lanes), list(range(self.lanes)))
+        return self.build.icmp_signed("<", places, self.splat(count))
+
+    @property
+    def _align(self) -> int:
+        return 8 if self.scalar == self.ir.DoubleType() else 4
+
+    @property
+    def _alignment(self) -> Any:
+        return self.ir.Constant(self.ir.IntType(32), self._align)
+
+    # -- arithmetic --------------------------------------------------------------------------------------------
+
+    def fma(self, one: Any, other: Any, added: Any) -> Any:
+        """one · other + added, rounded once."""
+        function = self._intrinsic(f"llvm.fma.{self.suffix}", self.vector, [self.vector] * 3)
+        return self.build.call(function, [one, other, added])
+
+    def clamp(self, value: Any, low: Any, high: Any) -> Any:
+        """At least `low` and at most `high`; NaN stays, as in PyTorch."""
+        build = self.build
+        value = build.select(build.fcmp_ordered("<", value, low), low, value)
+        return build.select(build.fcmp_ordered(">", value, high), high, value)
+
+    def polynomial(self, value: Any, coefficients: Sequence[float]) -> Any:
+        """By Horner's rule, the constant first."""
+        *lower, result = map(self.constant, coefficients)
+        for coefficient in reversed(lower):
+            result = self.fma(result, value, coefficient)
+        return result
+
+    def _intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        known = self.module.globals.get(name)
+        return known or self.ir.Function(self.module, self.ir.FunctionType(result, arguments), name)
+
+    # -- control -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loop(self, count: Any, carried: Sequence[Any] = (), step: int = 1) -> Iterator[Loop]:
+        """Code that runs for every `step`-th index below `count`; afterwards `values` hold what came last."""
+        build, before = self.build, self.build.block
+        head, body, done = (self.function.append_basic_block() for _ in range(3))
+        build.branch(head)
+        build.position_at_end(head)
+        index = build.phi(self.index_type)
+        index.add_incoming(self.integer(0), before)
+        values = []
+        for value in carried:
+            phi = build.phi(value.type)
+            phi.add_incoming(value, before)
+            values.append(phi)
+        build.cbranch(build.icmp_signed("<", index, count), body, done)
+        build.position_at_end(body)
+        loop = Loop(index, values, values)
+        yield loop
+        index.add_incoming(build.add(index, self.integer(step)), build.block)
+        for phi, value in zip(values, loop.following, strict=True):
+            phi.add_incoming(value, build.block)
+        build.branch(head)
+        build.position_at_end(done)
+
+    @contextmanager
+    def pieces(self, count: Any) -> Iterator[Any]:
+        """Code that runs for each of the job's pieces, on whichever thread takes it. The job counts in `taken`."""
+        build = self.build
+        take, work, done = (self.function.append_basic_block() for _ in range(3))
+        build.branch(take)
+        build.position_at_end(take)
+        piece = build.atomic_rmw("add", self._place("taken"), self.integer(1), "monotonic")
+        build.cbranch(build.icmp_signed("<", piece, count), work, done)
+        build.position_at_end(work)
+        yield piece
+        build.branch(take)
+        build.position_at_end(done)
+
+    def compiled(self) -> Callable[[Sequence[int]], None]:
+        """A function that runs the kernel on a job on PyTorch's threads."""
+        llvm = self.llvm
+        self.build.ret_void()
+        module = llvm.binding.parse_assembly(str(self.module))
+        module.verify()
+        builder = llvm.binding.create_pass_builder(
+            llvm.machine, llvm.binding.create_pipeline_tuning_options(speed_level=3)
+        )
+        builder.getModulePassManager().run(module, builder)
+        llvm.engine.add_module(module)
+        llvm.engine.finalize_object()
+        llvm.modules.append(module)  # whose memory the code lies in
+        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields))
+
+
+def _launcher(address: int, length: int) -> Callable[[Sequence[int]], None]:
+    parallel = ctypes.CDLL(None).GOMP_parallel
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    job_type = ctypes.c_int64 * length
+
+    def launch(job: Sequence[int]) -> None:
+        parallel(address, job_type(*job), torch.get_num_threads(), 0)
+
+    return launch
