@@ -88,7 +88,6 @@ class _Memory:
         self.writes = 0
         self.lost = False
         self.wrappers: list[TensorWeakRef] = []
-        self.readers: list[ref[Work]] = []
         self.copies = [] if copies is None else copies
         self.copies.append(self)
 
@@ -117,12 +116,13 @@ class Features(torch.Tensor):
     form: Form
     _held: Tensor | None  # the value, if it is computed
     _work: Work | None  # what computes it, in a frozen model
-    _passage: _Passage
+    _passage: _Passage | None
     _live: bool
     _tied: bool  # in the graph by its mask only, not by its value
     _read: tuple[bool, int, Tensor] | None
     _lent: list[tuple[Tensor, int]]
-    _memory: _Memory
+    _readers: list[ref[Work]]  # work that has yet to read the value; one list for all views
+    _shared: _Memory | None
 
     # -- construction ------------------------------------------------------------------------------------------
 
@@ -176,11 +176,12 @@ class Features(torch.Tensor):
         features.full = full
         features.fill = fill
         features._live = live
-        features._passage = _Passage()
+        features._passage = None
         features._tied = False
         features._read = None
         features._lent = []
-        features._joins(_Memory())
+        features._readers = []
+        features._shared = None  # most features have no views: a frozen network makes hundreds in a pass
         return features
 
     @classmethod
@@ -223,7 +224,7 @@ class Features(torch.Tensor):
             view._joins(self._memory)
         else:
             view._joins(_Memory(self._memory.copies))
-        view._lent = self._lent
+        view._lent, view._readers = self._lent, self._readers
         return view
 
     def sibling(self, form: Form) -> Features:
@@ -251,30 +252,44 @@ class Features(torch.Tensor):
 
     def becomes(self, other: Features) -> Features:
         """This very object as what an in-place operation leaves, which is not computed yet."""
-        self._memory.written()
+        if self._shared is not None:
+            self._shared.written()
         self._held, self._work, self.full, self.fill, self._read = None, other._work, other.full, None, None
         return self
 
     @property
     def alone(self) -> bool:
         """Whether no other features share its memory, or are copies of it that PyTorch calls views."""
-        return len(self._memory.alive()) == 1 and len(self._memory.copies) == 1 and not self._lent
+        shared = self._shared
+        return not self._lent and (shared is None or (len(shared.alive()) == 1 and len(shared.copies) == 1))
+
+    @property
+    def _writes(self) -> int:
+        """How often its memory was written to."""
+        return 0 if self._shared is None else self._shared.writes
 
     def writable(self) -> Tensor:
         """The value, to be written to. What is still to be computed from it is computed first."""
-        for reference in self._memory.readers:
+        for reference in self._readers:
             work = reference()
             if work is not None:
                 work.result()
-        self._memory.readers.clear()
+        self._readers.clear()
         return self.value
 
     def read_by(self, work: Work) -> None:
         """Work that will read the value when it is computed."""
-        self._memory.readers.append(ref(work))
+        self._readers.append(ref(work))
+
+    @property
+    def _memory(self) -> _Memory:
+        if self._shared is None:
+            self._joins(_Memory())
+        assert self._shared is not None
+        return self._shared
 
     def _joins(self, memory: _Memory) -> None:
-        self._memory = memory
+        self._shared = memory
         memory.wrappers.append(TensorWeakRef(self))
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -303,7 +318,7 @@ class Features(torch.Tensor):
                     "a view of a guided feature map was written to after the map had left the guided region: the "
                     "write would be lost. Write to the map itself, or call .clone() before taking the view"
                 )
-        if self._memory.lost:
+        if self._shared is not None and self._shared.lost:
             raise RuntimeError(
                 "a guided feature map was written to in place after this one was taken from it as a view, or the other "
                 "way round, and sparsenet keeps the two apart: the write would be lost. Call .clone() before writing"
@@ -371,7 +386,14 @@ class Features(torch.Tensor):
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
         the same (a custom Function's backward), it would be of the map without its mask. `_Enter` raises then."""
         if not torch.is_grad_enabled() and _requires_grad(self) and (self.full or self.gate_is_live()):
-            self._passage.unseen = self._passage.unseen or reader
+            passage = self.passage
+            passage.unseen = passage.unseen or reader
+
+    @property
+    def passage(self) -> _Passage:
+        if self._passage is None:
+            self._passage = _Passage()
+        return self._passage
 
     def gate_is_live(self) -> bool:
         return False
@@ -444,7 +466,7 @@ class MaskedFeatures(Features):
         value, recording = self.value, torch.is_grad_enabled()
         if self.selection.everything:
             return value
-        if self._read is None or self._read[:2] != (recording, self._memory.writes):
+        if self._read is None or self._read[:2] != (recording, self._writes):
             with kept_from_checkpoints():
                 gate = self.gate
                 masked = (
@@ -452,7 +474,7 @@ class MaskedFeatures(Features):
                     if gate is None
                     else value * gate.to(value.dtype)
                 )
-            self._read = (recording, self._memory.writes, masked)
+            self._read = (recording, self._writes, masked)
         return self._read[2]
 
     def _filled(self, fill: Tensor) -> Tensor:
@@ -499,9 +521,9 @@ class SparseFeatures(Features):
             rows = F.pad(rows, (0, 0, 0, 2))
             rows[-1] = outside
             return rows
-        if self._read is None or self._read[:2] != (recording, self._memory.writes):  # made once for all readers
+        if self._read is None or self._read[:2] != (recording, self._writes):  # made once for all readers
             with kept_from_checkpoints():
-                self._read = (recording, self._memory.writes, F.pad(rows, (0, 0, 0, 2)))
+                self._read = (recording, self._writes, F.pad(rows, (0, 0, 0, 2)))
         return self._read[2]
 
     def restricted(self) -> Tensor:
@@ -767,7 +789,7 @@ class _Enter(torch.autograd.Function):
         features = cls._wrap(value, selection, grid, full, fill, live, form)
         features._tied = tie is not None
         ctx.place = (cls, selection, grid, full, form)
-        ctx.passage = features._passage
+        ctx.passage = features.passage
         return features
 
     @staticmethod
@@ -782,7 +804,7 @@ class _Rebase(torch.autograd.Function):
     def forward(ctx: Any, features: Features, value: Tensor) -> Features:
         ctx.mark_dirty(features)
         ctx.place = (type(features), features.selection, features.grid, features.full, features.form)
-        ctx.passage = features._passage
+        ctx.passage = features.passage
         return features
 
     @staticmethod

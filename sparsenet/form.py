@@ -92,6 +92,8 @@ class Form:
         return "reads a padded map" if self.padding is not None else f"reads a map laid out as {self.order}"
 
     def shape(self, batch: int, grid: Pair) -> tuple[int, ...]:
+        if self.plain:
+            return batch, self.channels[0], *grid
         height, width = grid if self.padding is None else self.padding.around(grid)
         lengths, channels = {"N": batch, "H": height, "W": width}, iter(self.channels)
         return tuple(next(channels) if letter == "C" else lengths[letter] for letter in self.order)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparsenet import backends
 from sparsenet.backends import indirect
 from sparsenet.features import Features
-from sparsenet.frozen import FrozenConv2d, FrozenLinear, begin_pass, end_pass
+from sparsenet.frozen import FOLLOWERS, FrozenConv2d, FrozenLinear, begin_pass, end_pass
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.surgery import call, quietly
 
@@ -25,6 +25,8 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
             FrozenConv2d.make(module, path)
         elif type(module) is nn.Linear and indirect.unsupported(module.weight, 1) is None:
             FrozenLinear.make(module)
+        elif type(module) in FOLLOWERS:
+            module.__class__ = FOLLOWERS[type(module)]
     frozen.register_forward_pre_hook(FrozenBeginHook(), prepend=True)
     frozen.register_forward_hook(FrozenEndHook(), always_call=True)
     with quietly(frozen):

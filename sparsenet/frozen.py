@@ -1,10 +1,9 @@
-"""The layers that `freeze` leaves in place of convolutions and linear layers: packed weights, and work that waits for
-what follows it."""
+"""The layers that `freeze` leaves in place of a model's own: convolutions and linear layers of packed weights, whose work
+waits for what follows it, and normalisations and activations that become part of that work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +15,8 @@ from sparsenet import context
 from sparsenet.backends import indirect
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, as_rows
-from sparsenet.rules.conv import geometry_of, masked_conv2d, pair
+from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
+from sparsenet.rules.norm import continued
 from sparsenet.selection import Everything, Operation
 from sparsenet.sites import Pair, dense_table
 from sparsenet.work import Work
@@ -52,8 +52,10 @@ class PackedLayer:
         self.breaks: set[int] = set()
         self._folded: dict[Any, tuple[Any, Tensor, Tensor]] = {}
 
-    def run(self, rows: Tensor, epilogue: Epilogue, table: Tensor | None, inputs: int) -> Tensor:
-        return indirect.run(rows, self.packed, epilogue, table, inputs)
+    def run(
+        self, rows: Tensor, epilogue: Epilogue, table: Tensor | None, inputs: int, out: Tensor | None = None
+    ) -> Tensor:
+        return indirect.run(rows, self.packed, epilogue, table, inputs, out)
 
     def folded(
         self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -133,6 +135,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
 
     path: str
     fill: Tensor | None
+    _geometries: dict[Pair | None, tuple[Geometry, bool]]
 
     @classmethod
     def make(cls, conv: nn.Conv2d, path: str) -> FrozenConv2d:
@@ -140,7 +143,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         del conv.weight
         conv.__class__ = cls
         assert isinstance(conv, cls)
-        conv.path = path
+        conv.path, conv._geometries = path, {}
         if not hasattr(conv, "fill"):
             conv.register_buffer("fill", None, persistent=False)
         conv._pack(weight, conv.groups)
@@ -183,9 +186,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
                 padding_mode=self.padding_mode,
                 fill=self.fill,
             )
-        kernel = pair(self.kernel_size)
-        (window, out_grid), _, _ = geometry_of(x, kernel, self.stride, self.padding, self.dilation, self.padding_mode)
-        pointwise = window.pointwise and out_grid == x.grid
+        (window, out_grid), pointwise = self._geometry(x)
         images, table = 1, None
         if selection.everything:
             value = x.value
@@ -205,6 +206,19 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         work = Work(self.layer, selection, rows, table, inputs, images, Epilogue(shift=self.bias))
         x.read_by(work)
         return type(x).deferred(work, selection, out_grid, full=False, fill=self.fill)
+
+    def _geometry(self, x: Features) -> tuple[Geometry, bool]:
+        """Where the layer reads a map, and whether each pixel reads itself alone; kept, because it takes longer to find
+        than many a layer takes to compute."""
+        key = x.grid if x.form.plain else None
+        if key in self._geometries:
+            return self._geometries[key]
+        kernel = pair(self.kernel_size)
+        geometry, _, _ = geometry_of(x, kernel, self.stride, self.padding, self.dilation, self.padding_mode)
+        found = geometry, geometry.window.pointwise and geometry.out_grid == x.grid
+        if key is not None:
+            self._geometries[key] = found
+        return found
 
     def _report(self, selection: Any, out_grid: Pair) -> None:
         if selection.observers:
@@ -265,3 +279,86 @@ class FrozenLinear(_Frozen, nn.Linear):
         x.read_by(work)
         form = x.form.with_channels([self.out_features])
         return type(x).deferred(work, x.selection, x.grid, full=x.full, fill=None, form=form)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that becomes part of the work it follows. What PyTorch's dispatch takes to find the rule for
+    `batch_norm` is as much as a small layer takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Features) and not self.training:
+            following = continued(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            if following is not None:
+                return following
+        return super().forward(input)
+
+
+class _Activation(nn.Module):
+    """An activation that becomes part of the work it follows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Features) and input._work is not None:
+            step = _step(self, input.dtype)
+            following = None if step is None else input.then(lambda epilogue: epilogue.activated(*step))
+            if following is not None:
+                return input.becomes(following) if getattr(self, "inplace", False) else following
+        return super().forward(input)  # type: ignore[no-any-return, misc]
+
+
+def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+    match module:
+        case nn.ReLU():
+            return "clamp", 0.0, math.inf
+        case nn.Hardtanh():  # ReLU6 is one
+            return "clamp", module.min_val, module.max_val
+        case _ if dtype is not torch.float32:
+            return None
+        case nn.SiLU():
+            return "silu", 0.0, 0.0
+        case nn.Hardswish():
+            return "hardswish", 0.0, 0.0
+        case nn.Sigmoid():
+            return "sigmoid", 0.0, 0.0
+        case nn.LeakyReLU():
+            return "leaky_relu", module.negative_slope, 0.0
+        case nn.GELU():
+            return "gelu" if module.approximate == "none" else "gelu_tanh", 0.0, 0.0
+    return None
+
+
+class FrozenReLU(_Activation, nn.ReLU): ...
+
+
+class FrozenReLU6(_Activation, nn.ReLU6): ...
+
+
+class FrozenHardtanh(_Activation, nn.Hardtanh): ...
+
+
+class FrozenSiLU(_Activation, nn.SiLU): ...
+
+
+class FrozenHardswish(_Activation, nn.Hardswish): ...
+
+
+class FrozenSigmoid(_Activation, nn.Sigmoid): ...
+
+
+class FrozenLeakyReLU(_Activation, nn.LeakyReLU): ...
+
+
+class FrozenGELU(_Activation, nn.GELU): ...
+
+
+FOLLOWERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.ReLU: FrozenReLU,
+    nn.ReLU6: FrozenReLU6,
+    nn.Hardtanh: FrozenHardtanh,
+    nn.SiLU: FrozenSiLU,
+    nn.Hardswish: FrozenHardswish,
+    nn.Sigmoid: FrozenSigmoid,
+    nn.LeakyReLU: FrozenLeakyReLU,
+    nn.GELU: FrozenGELU,
+}
+"""What `freeze` makes of modules without weights of their own to pack: they change their class and nothing else."""

@@ -24,7 +24,9 @@ class Layer(Protocol):
     outputs: int
     breaks: set[int]
 
-    def run(self, rows: Tensor, epilogue: Epilogue, table: Tensor | None, inputs: int) -> Tensor:
+    def run(
+        self, rows: Tensor, epilogue: Epilogue, table: Tensor | None, inputs: int, out: Tensor | None = None
+    ) -> Tensor:
         """As `sparsenet.backends.indirect.run`."""
 
 
@@ -92,12 +94,15 @@ class Work:
         return self._result
 
     def _computed(self) -> Tensor:
-        run, epilogue = self.layer.run, self.epilogue
+        epilogue, each = self.epilogue, self.inputs
         if self.images == 1 or self.table is None:
-            return run(self.rows, epilogue, self.table, self.inputs)
-        each, found = self.inputs, []
-        residuals = [None] * self.images if epilogue.residual is None else epilogue.residual.chunk(self.images)
-        for image, residual in enumerate(residuals):
-            of_image = epilogue if residual is None else epilogue.with_residual(residual)
-            found.append(run(self.rows[image * each : (image + 1) * each], of_image, self.table, each))
-        return torch.cat(found)
+            return self.layer.run(self.rows, epilogue, self.table, each)
+        count = len(self.table)
+        out = self.rows.new_empty(self.images * count, self.outputs)
+        for image in range(self.images):
+            of_image = slice(image * count, (image + 1) * count)
+            if epilogue.residual is not None:
+                epilogue = epilogue.with_residual(self.epilogue.residual[of_image])
+            rows = self.rows[image * each : (image + 1) * each]
+            self.layer.run(rows, epilogue, self.table, each, out[of_image])
+        return out

@@ -17,10 +17,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sparsenet.backends import rows, spconv
+from sparsenet.backends import indirect, rows, spconv
 from sparsenet.sites import KernelMap
 
-BACKENDS: dict[str, ModuleType] = {"rows": rows, "spconv": spconv}
+BACKENDS: dict[str, ModuleType] = {"rows": rows, "indirect": indirect, "spconv": spconv}
 NAMES = ("auto", "reference", *BACKENDS)
 
 

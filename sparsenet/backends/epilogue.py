@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 """The activations that an epilogue can be, of rows and two parameters. `clamp` is none, ReLU and ReLU6 too."""
 
 
-@dataclass(frozen=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """activation(sum · scale + shift), with a residual added before or after the activation.
 
     Attributes:
@@ -51,21 +49,21 @@ class Epilogue:
         if self.activates or self.residual is not None:
             return None
         before = shift if self.shift is None else self.shift * scale if shift is None else self.shift * scale + shift
-        return replace(self, scale=scale if self.scale is None else self.scale * scale, shift=before)
+        return self._replace(scale=scale if self.scale is None else self.scale * scale, shift=before)
 
     def activated(self, activation: str, low: float, high: float) -> Epilogue | None:
         if self.activates or self.order == "after":
             return None
-        return replace(self, activation=activation, low=low, high=high)
+        return self._replace(activation=activation, low=low, high=high)
 
     def plus(self, residual: Tensor) -> Epilogue | None:
         if self.residual is not None:
             return None
-        return replace(self, residual=residual, order="after" if self.activates else "before")
+        return self._replace(residual=residual, order="after" if self.activates else "before")
 
     def with_residual(self, residual: Tensor) -> Epilogue:
         """Of some of the rows: the same, with their residual."""
-        return replace(self, residual=residual)
+        return self._replace(residual=residual)
 
     # -- where no kernel does it -------------------------------------------------------------------------------
 

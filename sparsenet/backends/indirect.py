@@ -1,16 +1,19 @@
 """Kernels made at run time that read rows by way of the kernel map: see `sparsenet.kernels`. Float32 and float64 on
-CPU, any groups, depthwise among them; no gradient.
+CPU, any groups, depthwise among them; where a gradient is asked for, *rows* computes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparsenet.backends import rows as trainable
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.kernels import convolution, machine
 from sparsenet.sites import KernelMap
@@ -77,84 +80,162 @@ def unpack(packed: Packed) -> Tensor:
     return weights.reshape(outputs, channels, *kernel)
 
 
-def run(rows: Tensor, packed: Packed, epilogue: Epilogue, table: Tensor | None, inputs: int) -> Tensor:
+def run(
+    rows: Tensor, packed: Packed, epilogue: Epilogue, table: Tensor | None, inputs: int, out: Tensor | None = None
+) -> Tensor:
     """Masked convolution of rows (at least `inputs`, C), each contiguous, to rows (n_out, O).
 
     Args:
         table: int32 (n_out, taps), where any number from `inputs` on is a place of zeros; `None` where each site reads
             itself alone.
+        out: where to write the result, contiguous; new memory if `None`.
     """
     outputs, channels = packed.shape[:2]
-    depthwise, dtype, width = (
-        packed.depthwise,
-        packed.weights.dtype,
-        packed.vectors * machine.lanes(packed.weights.dtype),
-    )
+    depthwise, dtype, vectors = packed.depthwise, packed.weights.dtype, packed.vectors
+    width = vectors * machine.lanes(dtype)
     groups = 1 if depthwise else packed.groups
-    each = outputs // groups
     panels = packed.weights.shape[1] // width if depthwise else groups * packed.weights.shape[1]
-    if table is None:
-        table = _itself(inputs)
-    sites, taps = table.shape
-    out = rows.new_empty(sites, outputs)
-    if sites == 0:
-        return out
+    together = panels if depthwise or packed.weights.nbytes <= WEIGHTS else 1
     residual = epilogue.residual
-    scale, shift = (
-        _padded(part, fill, groups, each, panels * width, dtype)
-        for part, fill in ((epilogue.scale, 1.0), (epilogue.shift, 0.0))
-    )
-    zeros = _constant(rows.shape[1] + width, 0.0, dtype)
-    piece_panels = panels if depthwise or packed.weights.nbytes <= WEIGHTS else 1
-    work = taps * (1 if depthwise else channels) * piece_panels * width
-    at_once = convolution.tile(packed.vectors)
-    share = min(PIECE // work, -(-sites // (2 * torch.get_num_threads())))
-    piece_sites = max(1, share // at_once) * at_once
-    kernel = (convolution.depthwise if depthwise else convolution.product)(
-        packed.vectors, dtype, None if residual is None else epilogue.order, epilogue.activation
-    )
-    kernel(
-        (
-            rows.data_ptr(),
-            table.data_ptr(),
-            packed.weights.data_ptr(),
-            scale.data_ptr(),
-            shift.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            zeros.data_ptr(),
-            sites,
-            taps,
-            channels,
-            rows.stride(0),
-            outputs,
-            each,
-            panels,
-            panels // groups,
-            piece_sites,
-            piece_panels,
-            inputs,
-            0,
-            _bits(epilogue.low),
-            _bits(epilogue.high),
-        )
+    order = None if residual is None else epilogue.order
+    if depthwise:
+        kernel = convolution.by_channel("product", vectors, dtype, order, epilogue.activation)
+    else:
+        kernel = convolution.product(vectors, dtype, order, epilogue.activation)
+    out = rows.new_empty(inputs if table is None else len(table), outputs) if out is None else out
+    scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
+    shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
+    _launch(
+        kernel,
+        rows,
+        packed.weights,
+        scale,
+        shift,
+        residual,
+        out,
+        table,
+        inputs,
+        channels,
+        groups,
+        panels,
+        together,
+        width,
+        epilogue.low,
+        epilogue.high,
+        0.0,
     )
     return out
 
 
+def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float) -> Tensor:
+    """Pooling of rows (at least `inputs`, C) to rows (n_out, C): the "max" or "sum" over taps.
+
+    Args:
+        table: int32 (n_out, taps) as in `KernelMap`.
+        outside: what a place outside the image holds, of which "max" makes use.
+    """
+    channels, dtype = rows.shape[1], rows.dtype
+    vectors = convolution.panel_vectors(channels, dtype)
+    width = vectors * machine.lanes(dtype)
+    panels = -(-channels // width)
+    one, none = _constant(panels * width, 1.0, dtype), _constant(panels * width, 0.0, dtype)
+    out = rows.new_empty(len(table), channels)
+    kernel = convolution.by_channel(operation, vectors, dtype, None, "clamp")
+    _launch(
+        kernel,
+        rows,
+        none,
+        one,
+        none,
+        None,
+        out,
+        table,
+        inputs,
+        channels,
+        1,
+        panels,
+        panels,
+        width,
+        -math.inf,
+        math.inf,
+        outside,
+    )
+    return out
+
+
+def _launch(
+    kernel: Callable[[Sequence[int]], None],
+    rows: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    table: Tensor | None,
+    inputs: int,
+    channels: int,
+    groups: int,
+    panels: int,
+    together: int,
+    width: int,
+    low: float,
+    high: float,
+    outside: float,
+) -> None:
+    """Run a kernel on the job that these numbers make: see `sparsenet.kernels.convolution.FIELDS`."""
+    table = _itself(inputs) if table is None else table
+    sites, taps = table.shape
+    if sites == 0:
+        return
+    # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
+    work = max(1, weights.numel() // panels * together)
+    at_once = convolution.tile(width // machine.lanes(rows.dtype))
+    share = min(PIECE // work, -(-sites // (2 * torch.get_num_threads())))
+    length = rows.shape[1] + width
+    kernel(
+        (
+            rows.data_ptr(),
+            table.data_ptr(),
+            weights.data_ptr(),
+            scale.data_ptr(),
+            shift.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            _constant(length, 0.0, rows.dtype).data_ptr(),
+            _constant(length, outside, rows.dtype).data_ptr(),
+            sites,
+            taps,
+            channels,
+            rows.stride(0),
+            out.shape[1],
+            out.shape[1] // groups,
+            panels,
+            panels // groups,
+            max(1, share // at_once) * at_once,
+            together,
+            inputs,
+            0,
+            _bits(low),
+            _bits(high),
+        )
+    )
+
+
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (rows, weight, bias)):
+        return trainable.convolve(rows, weight, bias, groups, kernel_map)
     table, inputs = (None, len(rows)) if kernel_map is None else (kernel_map.table, kernel_map.inputs)
     return run(rows.contiguous(), pack(weight, groups), Epilogue(shift=bias), table, inputs)
 
 
-def _padded(part: Tensor | None, fill: float, groups: int, each: int, padded: int, dtype: torch.dtype) -> Tensor:
-    """A number for each output, with room to read whole vectors."""
+def _padded(part: Tensor | None, fill: float, groups: int, padded: int, dtype: torch.dtype) -> Tensor:
+    """A number for each output, each group's with room to read whole vectors."""
     if part is None:
         return _constant(padded, fill, dtype)
     if len(part) == padded:
         return part.contiguous()
     result = part.new_zeros(groups, padded // groups)
-    result[:, :each] = part.view(groups, each)
+    result[:, : len(part) // groups] = part.view(groups, -1)
     return result
 
 

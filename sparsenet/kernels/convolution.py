@@ -8,6 +8,7 @@ residual and activation are applied before they are first written.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +17,17 @@ import torch
 from sparsenet.kernels.activations import ACTIVATIONS
 from sparsenet.kernels.machine import Kernel, lanes, registers
 
-# Addresses of rows, table, packed weights, scale and shift (padded to whole panels), residual, output, and as many
-# zeros as a row has channels; numbers of output sites, taps, channels read per group, elements from row to row of input
-# and output, outputs per group, groups, panels per group, output sites of a piece, input rows; pieces taken; the
-# activation's two parameters.
 FIELDS = (
-    "rows table weights scale shift residual out zeros sites taps channels row_stride out_stride outputs panels "
-    "group_panels piece_sites piece_panels inputs taken low high"
-).split()
+    # Addresses. Scale and shift are padded to whole panels; of zeros and what is outside there is a number for each
+    # channel, and for a vector more.
+    *("rows", "table", "weights", "scale", "shift", "residual", "out", "zeros", "outside"),
+    # Output sites, taps, channels that a group reads, elements from row to row of input and output, outputs of a group.
+    *("sites", "taps", "channels", "row_stride", "out_stride", "outputs"),
+    # Panels of all groups and of one, output sites and panels of a piece, input rows, and pieces taken so far.
+    *("panels", "group_panels", "piece_sites", "piece_panels", "inputs", "taken"),
+    # The activation's parameters, float64.
+    *("low", "high"),
+)
 
 
 def tile(vectors: int) -> int:
@@ -117,23 +121,37 @@ def product(vectors: int, dtype: torch.dtype, residual: str | None, activation: 
 
 
 @functools.cache
-def depthwise(
-    vectors: int, dtype: torch.dtype, residual: str | None, activation: str
+def by_channel(
+    operation: str, vectors: int, dtype: torch.dtype, residual: str | None, activation: str
 ) -> Callable[[Sequence[int]], None]:
-    """The kernel of depthwise convolution, one output per input channel.
+    """The kernel of what keeps channels apart: depthwise convolution, one output per input channel, and pooling.
 
-    Weights are packed (taps, panels · vectors · lanes), zero beyond the channels.
+    Args:
+        operation: "product" of weights, which are packed (taps, panels · vectors · lanes), zero beyond the channels;
+            "max", in which NaN wins, or "sum".
     """
-    kernel = Kernel(f"depthwise_{vectors}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
+    name = f"{operation}_by_channel_{vectors}_{dtype.itemsize}_{residual}_{activation}"
+    kernel = Kernel(name, FIELDS, dtype)
     build, sites_at_once, width = kernel.build, max(1, tile(vectors) // 2), vectors * kernel.lanes
-    rows, table, weights, zeros = (
-        kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros")
+    rows, table, weights, zeros, outside = (
+        kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros", "outside")
     )
     sites, taps, channels, inputs = map(kernel.field, ("sites", "taps", "outputs", "inputs"))
     panels, row_stride, piece_sites = map(kernel.field, ("panels", "row_stride", "piece_sites"))
     finish = _Finish(kernel, residual, activation)
     last = build.sub(sites, kernel.integer(1))
     weight_stride = build.mul(panels, kernel.integer(width))
+    start_value = kernel.constant(-math.inf) if operation == "max" else kernel.zero
+
+    def combined(total: Any, numbers: Any, weight: Any) -> Any:
+        match operation:
+            case "product":
+                return kernel.fma(numbers, weight, total)
+            case "sum":
+                return build.fadd(total, numbers)
+        larger = build.fcmp_ordered(">", numbers, total)
+        return build.select(build.or_(larger, build.fcmp_unordered("uno", numbers, numbers)), numbers, total)
+
     with kernel.pieces(build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)) as piece:
         first = build.mul(piece, piece_sites)
         count = kernel.smaller(build.sub(sites, first), piece_sites)
@@ -147,23 +165,28 @@ def depthwise(
                     kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)
                 ]
                 reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
-                with kernel.loop(
-                    taps, [*[kernel.zero] * (sites_at_once * vectors), kernel.at(weights, begin)]
-                ) as over_taps:
-                    *sums, weight = over_taps.values
-                    loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
+                carried = [*[start_value] * (sites_at_once * vectors), kernel.at(weights, begin)]
+                with kernel.loop(taps, carried) as over_taps:
+                    *totals, weight = over_taps.values
+                    loaded = [
+                        kernel.load(kernel.at(weight, vector * kernel.lanes)) if operation == "product" else None
+                        for vector in range(vectors)
+                    ]
                     found = []
                     for place, read in enumerate(reads):
                         row = build.sext(build.load(kernel.at(read, over_taps.index)), kernel.index_type)
                         there = kernel.at(rows, build.mul(row, row_stride))
                         pointer = build.select(build.icmp_signed("<", row, inputs), there, zeros)
+                        if operation == "max":
+                            pointer = build.select(build.icmp_signed(">", row, inputs), outside, pointer)
                         for vector in range(vectors):
                             numbers = kernel.load_lanes(kernel.at(pointer, offsets[vector]), masks[vector])
-                            found.append(kernel.fma(numbers, loaded[vector], sums[place * vectors + vector]))
-                    over_taps.following = [*found, kernel.at(weight, weight_stride)]
-                *sums, _ = over_taps.values
+                            found.append(combined(totals[place * vectors + vector], numbers, loaded[vector]))
+                    moved = kernel.at(weight, weight_stride) if operation == "product" else weight
+                    over_taps.following = [*found, moved]
+                *totals, _ = over_taps.values
                 for vector in range(vectors):
-                    finish(sums[vector::vectors], targets, offsets[vector], offsets[vector], masks[vector])
+                    finish(totals[vector::vectors], targets, offsets[vector], offsets[vector], masks[vector])
     return kernel.compiled()
 
 

@@ -35,12 +35,8 @@ def batch_norm(
         return x.like(func(x.value, mean, var, weight, bias, False, momentum, eps))
 
     if not training:
-        if running_mean is not None and running_var is not None and x._work is not None:
-            scale, shift = x._work.layer.folded(running_mean, running_var, weight, bias, eps)
-            following = x.then(lambda epilogue: epilogue.scaled(scale, shift))
-            if following is not None:
-                return following
-        return by_running_statistics()
+        following = continued(x, running_mean, running_var, weight, bias, eps)
+        return by_running_statistics() if following is None else following
     local = len(x.selection.sites(x.grid))
     if isinstance(x, SparseFeatures) and not x.full and group is None and local > 1:
         return x.like(func(x.value, running_mean, running_var, weight, bias, True, momentum, eps))
@@ -59,6 +55,16 @@ def batch_norm(
     value = (x.value - mean[:, None, None]) * scale[:, None, None]
     value = value if bias is None else value + bias[:, None, None]
     return x.like(value.to(x.value.dtype))
+
+
+def continued(
+    x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Features | None:
+    """Normalisation by running statistics as part of the work that a layer has yet to do, if it can be."""
+    if x._work is None or mean is None or var is None:
+        return None
+    scale, shift = x._work.layer.folded(mean, var, weight, bias, eps)
+    return x.then(lambda epilogue: epilogue.scaled(scale, shift))
 
 
 def _total(values: Tensor, group: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.backends import indirect
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, rule
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window
@@ -56,12 +57,22 @@ class _Pooling:
         read = read if self.around is None else self.around.apply(read)
         return MaskedFeatures.make(self.pool(read), self.x.selection, self.out_grid, full=False)
 
-    def columns(self) -> Tensor:
-        """What each output site reads, (n_out, taps, C): rows, zeros for inactive pixels, `outside` beyond the map."""
-        assert isinstance(self.x, SparseFeatures)
-        kernel_map = self.x.selection.kernel_map(self.x.grid, self.x.full, self.window, self.out_grid)
-        rows = self.x.surrounded(self.outside)
-        return rows.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
+    def rows(self, operation: str) -> Tensor:
+        """The "max" or "sum" of what each output site reads, (n_out, C): rows, zeros for inactive pixels, `outside`
+        beyond the map."""
+        x = self.x
+        assert isinstance(x, SparseFeatures)
+        kernel_map = x.selection.kernel_map(x.grid, x.full, self.window, self.out_grid)
+        rows = x.rows
+        recorded = torch.is_grad_enabled() and rows.requires_grad
+        if not recorded and rows.stride(1) == 1 and indirect.unsupported(rows, 1) is None:
+            return indirect.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
+        around = x.surrounded(self.outside)
+        columns = around.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
+        if operation == "sum":
+            return columns.sum(1)
+        # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
+        return columns.max(1).values if columns.requires_grad else columns.amax(1)
 
 
 @rule(F.max_pool2d, torch.max_pool2d, any_form=True)
@@ -85,10 +96,7 @@ def max_pool2d(
     pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf)
     if isinstance(x, MaskedFeatures):
         return pooling.dense(x.read("max_pool2d"))
-    columns = pooling.columns()
-    # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
-    rows = columns.max(1).values if columns.requires_grad else columns.amax(1)
-    return SparseFeatures.of_rows(rows, x.selection, pooling.out_grid)
+    return SparseFeatures.of_rows(pooling.rows("max"), x.selection, pooling.out_grid)
 
 
 @rule(F.avg_pool2d, any_form=True)
@@ -110,7 +118,7 @@ def avg_pool2d(
     pooling = _Pooling(pool, x, kernel_size, stride, padding, 1, ceil_mode, outside=0.0)
     if isinstance(x, MaskedFeatures):
         return pooling.dense(x.read("avg_pool2d"))
-    sums = pooling.columns().sum(1)
+    sums = pooling.rows("sum")
     # What a window divides by depends on its place alone: the sum of its counts over the average of ones.
     out_grid = pooling.out_grid
     area = divisor_override or _areas(pooling.padded, pooling.own, out_grid, count_include_pad, sums.device)
