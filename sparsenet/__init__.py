@@ -5,6 +5,7 @@ from sparsenet import timing as timing
 from sparsenet import train as train
 from sparsenet.context import use_backend as use_backend
 from sparsenet.context import use_mask as use_mask
+from sparsenet.freeze import freeze as freeze
 from sparsenet.masked_conv import MaskedConv2d as MaskedConv2d
 from sparsenet.plan import Plan as Plan
 from sparsenet.record import record as record

@@ -1,14 +1,15 @@
-"""The command line: `sparsenet stages | plan | coverage`."""
+"""The command line: `sparsenet stages | plan | coverage | bench`."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsenet import coverage
+from sparsenet import bench, coverage, sweep
 from sparsenet.coverage import Result
 from sparsenet.selector import GivenMask
 from sparsenet.surgery import plan, selectify, stages
@@ -17,10 +18,12 @@ from sparsenet.surgery import plan, selectify, stages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if a model of the catalogue failed, 2 for what was asked wrongly."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    options.command = shlex.join(["sparsenet", *given])
     try:
         status: int = options.run(options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
     return status
 
@@ -47,6 +50,26 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown", type=Path, metavar="FILE", help="write the report here, of all that FILE of --json holds"
     )
     covering.set_defaults(run=_coverage)
+
+    timing = commands.add_parser("bench", help="time a selective network against dense engines, and spconv")
+    timing.add_argument("model", nargs="?", help="as for `stages`")
+    timing.add_argument("--at", metavar="STAGE", help="as for `plan`")
+    timing.add_argument("--density", type=float, help="share of active pixels at the stage, above 0 and 1 at most")
+    timing.add_argument("--size", type=int, help="of the square images; by default that of the model's family")
+    timing.add_argument("--batch", type=int, default=1, help="images in a call (default: 1)")
+    timing.add_argument("--threads", type=int, help="of every engine (default: as many as PyTorch takes)")
+    timing.add_argument("--repeats", type=int, default=20, help="timed calls of each (default: 20)")
+    timing.add_argument(
+        "--against",
+        type=lambda names: names.split(","),
+        default=list(bench.RIVALS),
+        metavar="ENGINE,…",
+        help=f"some of {','.join(bench.RIVALS)} (default: all)",
+    )
+    timing.add_argument("--sweep", action="store_true", help="no model, but single 3x3 convolutions of many sizes")
+    timing.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, machine and versions here")
+    timing.add_argument("--plot", type=Path, metavar="FILE", help="draw bars, or the sweep's break-even curves, here")
+    timing.set_defaults(run=_bench)
     return parser
 
 
@@ -70,6 +93,61 @@ def _coverage(options: Any) -> int:
     if options.markdown is not None:
         coverage.report(options.markdown, coverage.load(options.json) or results)
     return int(any(result.status == "failed" for result in results))
+
+
+def _bench(options: Any) -> int:
+    if options.sweep:
+        return _sweep(options)
+    if None in (options.model, options.at, options.density):
+        raise ValueError("bench needs a MODEL, --at and --density, or --sweep")
+    found = bench.compare(
+        options.model,
+        options.at,
+        options.density,
+        size=options.size,
+        batch=options.batch,
+        threads=options.threads,
+        repeats=options.repeats,
+        against=options.against,
+    )
+    _show(found.rows())
+    print(found.summary())
+    if options.json is not None:
+        found.save(options.json, options.command)
+    if options.plot is not None:
+        found.plot(options.plot)
+    return 0
+
+
+def _sweep(options: Any) -> int:
+    if options.model is not None:
+        raise ValueError(f"--sweep times single convolutions, not {options.model}")
+    points = []
+    for point in sweep.run(threads=options.threads, repeats=options.repeats):
+        points.append(point)
+        print(sweep.line(point), flush=True)
+    print(sweep.summary(points))
+    if options.json is not None:
+        sweep.save(points, options.json, options.command)
+    if options.plot is not None:
+        sweep.plot(points, options.plot)
+    return 0
+
+
+def _show(rows: list[tuple[str, ...]]) -> None:
+    """Print a table, its head first: by rich, where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _line(result: Result) -> str:

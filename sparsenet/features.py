@@ -190,7 +190,7 @@ class Features(torch.Tensor):
     ) -> Features:
         """Features whose value is computed when it is first read."""
         form = Form.plain_of(work.outputs) if form is None else form
-        features = cls._wrap(work.rows, selection, grid, full, fill, True, form)
+        features = cls._wrap(work.reads.rows, selection, grid, full, fill, True, form)
         features._held = None
         features._work = work
         return features

@@ -3,35 +3,134 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from sparsenet import backends
-from sparsenet.backends import indirect
+from sparsenet import backends, context
+from sparsenet.backends import choice, indirect
+from sparsenet.backends.choice import Measurements
+from sparsenet.backends.ways import Spec
 from sparsenet.features import Features
-from sparsenet.frozen import FOLLOWERS, FrozenConv2d, FrozenLinear, begin_pass, end_pass
+from sparsenet.frozen_layer import FrozenLayer
+from sparsenet.frozen_modules import FOLLOWERS, FrozenConv2d, FrozenLinear, begin_pass, end_pass
 from sparsenet.masked_conv import MaskedConv2d
-from sparsenet.surgery import call, quietly
+from sparsenet.masks import blobs
+from sparsenet.regions import Everywhere, Frame, Regions
+from sparsenet.rules.conv import pair
+from sparsenet.selector import GivenMask, Selector
+from sparsenet.surgery import call, check_model, quietly
+
+# Of the mask that guided layers are measured under.
+DENSITY = 0.25
 
 
 def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> nn.Module:
+    """A model for inference on this machine: the same call, the same outputs to rounding, in less time.
+
+    Weights are packed once, in place of the originals. Convolutions and linear layers wait for what follows them, so
+    that batch normalisation, bias, activation and residual become part of the kernel that computes them; each layer is
+    measured, where a mask guides it and where all pixels are computed, and takes the fastest way. The layers before
+    the stage, and a whole model that is not selective, run on the same kernels.
+
+    Any input size and batch can follow. The result can be deep-copied, pickled and saved (`torch.save`), and packs its
+    weights again for the machine that loads it; its `state_dict` has the original's keys and numbers, but it loads
+    none. Tensors that are not float32 or float64 on CPU leave a layer as it was.
+
+    Args:
+        model: of `selectify`, or any other; it is left as it is. Its copy is put in evaluation mode.
+        example_inputs: what the model is called with, in one of the forms of `selectify`: what layers are measured on.
+        backend: "auto", or what computes guided layers: "indirect", "rows" or "spconv".
+
+    Raises:
+        ValueError: for an unknown backend, a model that is frozen already, and those that `selectify` refuses:
+            compiled, scripted, without numbers.
+    """
+    check_model(model, inplace=False)
+    if backends.check(backend) == "reference":
+        raise ValueError("the reference backend is not frozen: run the model as it is, inside use_backend('reference')")
+    if any(isinstance(module, FrozenConv2d | FrozenLinear) for module in model.modules()):
+        raise ValueError("the model is frozen already: freeze the model that it was made from")
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    for path, module in frozen.named_modules():
-        if type(module) in (nn.Conv2d, MaskedConv2d) and indirect.unsupported(module.weight, module.groups) is None:
-            FrozenConv2d.make(module, path)
-        elif type(module) is nn.Linear and indirect.unsupported(module.weight, 1) is None:
-            FrozenLinear.make(module)
-        elif type(module) in FOLLOWERS:
-            module.__class__ = FOLLOWERS[type(module)]
+    measurements = choice.of_this_machine()
+    layers = list(_replaced(frozen, backend, measurements))
     frozen.register_forward_pre_hook(FrozenBeginHook(), prepend=True)
     frozen.register_forward_hook(FrozenEndHook(), always_call=True)
     with quietly(frozen):
-        call(frozen, example_inputs)
+        for setting in _settings(frozen):
+            with setting:
+                call(frozen, example_inputs)
+    for layer in layers:
+        layer.settle()
+    measurements.save()
     return frozen
+
+
+def _settings(model: nn.Module) -> list[AbstractContextManager[None]]:
+    """What the model is called in to meet each layer as it will run: with all pixels active, with some, and with the
+    selector, if there is one."""
+    selector = getattr(model, "selector", None)
+    if not isinstance(selector, Selector):
+        return [nullcontext()]
+    masks = [Everywhere(), _Blobs(size=selector.plan.size)]
+    settings: list[AbstractContextManager[None]] = [context.setting(regions=regions) for regions in masks]
+    return settings if isinstance(selector.module, GivenMask) else [*settings, nullcontext()]
+
+
+@dataclass(frozen=True)
+class _Blobs(Regions):
+    """Regions of a pass in which every image has a mask of some `DENSITY`, whatever the batch."""
+
+    size: tuple[int, int] = (1, 1)
+
+    def entry_mask(self, frame: Frame | None, batch: int, device: torch.device) -> Tensor:
+        return blobs(batch, self.size, DENSITY).to(device)
+
+
+def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Iterator[FrozenLayer]:
+    """Put frozen modules in place of those that can be, and give their layers."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind in FOLLOWERS:
+            module.__class__ = FOLLOWERS[kind]
+        elif kind in (nn.Conv2d, MaskedConv2d, nn.Linear) and _packable(module._parameters.get("weight")):
+            weight: Tensor = module.weight.detach()
+            if isinstance(module, nn.Conv2d):
+                candidates = _candidates(module, weight, backend)
+                padding = module.padding if isinstance(module.padding, tuple) else 0
+                spec = Spec(pair(module.stride), pair(padding), pair(module.dilation), module.groups)
+                layer = FrozenLayer(weight, spec, candidates, measurements)
+                FrozenConv2d.make(module, path, layer)
+            else:
+                assert isinstance(module, nn.Linear)
+                kernels = ["rows"] if indirect.unsupported(weight, 1) else ["indirect", "rows"]
+                candidates = {"guided": kernels, "everything": kernels}
+                spec = Spec((1, 1), (0, 0), (1, 1), 1)
+                layer = FrozenLayer(weight[:, :, None, None], spec, candidates, measurements)
+                FrozenLinear.make(module, layer)
+            yield layer
+
+
+def _packable(weight: Tensor | None) -> bool:
+    return weight is not None and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list[str]]:
+    """The ways that can compute a convolution, by kind."""
+    kernels = [] if indirect.unsupported(weight, conv.groups) else ["indirect"]
+    everything = list(kernels)
+    if weight.dtype is torch.float32 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        everything.append("dense")
+    guided = [*kernels, "rows"]
+    if backend != "auto":
+        name, _ = backends.choose(backend, weight, conv.groups)
+        guided = [name]
+    return {"guided": guided, "everything": everything or ["rows"]}
 
 
 @dataclass(eq=False)

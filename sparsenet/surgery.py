@@ -83,7 +83,7 @@ def selectify(
             if not isinstance(model.selector, Selector)
             else "the model is selective already: sparsenet.densify(model) gives the original back"
         )
-    _check_model(model, inplace)
+    check_model(model, inplace)
     adapter = adapters.find(model)
     inputs = _inputs(model, adapter, example_inputs)
     if not inplace:
@@ -162,7 +162,7 @@ def stages(model: nn.Module, *, example_inputs: Any = None) -> Stages:
     """
     from sparsenet import adapters
 
-    _check_model(model, inplace=True)
+    check_model(model, inplace=True)
     adapter = adapters.find(model)
     inputs = _inputs(model, adapter, example_inputs)
     with quietly(model):
@@ -179,7 +179,7 @@ def plan(model: nn.Module) -> Plan:
     return selector_of(model).plan
 
 
-def _check_model(model: nn.Module, inplace: bool) -> None:
+def check_model(model: nn.Module, inplace: bool) -> None:
     """Raise for a model that no dry run can be made of, or none that leaves no trace."""
     if hasattr(model, "_orig_mod"):  # asked for by name, because torch._dynamo takes seconds to import
         raise ValueError(

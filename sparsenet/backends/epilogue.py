@@ -61,10 +61,6 @@ class Epilogue(NamedTuple):
             return None
         return self._replace(residual=residual, order="after" if self.activates else "before")
 
-    def with_residual(self, residual: Tensor) -> Epilogue:
-        """Of some of the rows: the same, with their residual."""
-        return self._replace(residual=residual)
-
     # -- where no kernel does it -------------------------------------------------------------------------------
 
     def of(self, rows: Tensor) -> Tensor:
@@ -94,8 +90,8 @@ def activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtyp
         case "relu6":
             return "clamp", 0.0, 6.0
         case "hardtanh" | "hardtanh_":
-            low, high, *_ = [*args, *[-1.0, 1.0][len(args) :]]
-            return "clamp", float(kwargs.get("min_val", low)), float(kwargs.get("max_val", high))
+            low = args[0] if args else kwargs.get("min_val", -1.0)
+            return "clamp", float(low), float(args[1] if len(args) > 1 else kwargs.get("max_val", 1.0))
         case name if dtype is not torch.float32:  # the kernels' exponentials are single precision
             return None
         case "leaky_relu" | "leaky_relu_":

@@ -98,10 +98,11 @@ def run(
     together = panels if depthwise or packed.weights.nbytes <= WEIGHTS else 1
     residual = epilogue.residual
     order = None if residual is None else epilogue.order
+    whole = outputs // groups % width == 0
     if depthwise:
-        kernel = convolution.by_channel("product", vectors, dtype, order, epilogue.activation)
+        kernel = convolution.by_channel("product", vectors, whole, dtype, order, epilogue.activation)
     else:
-        kernel = convolution.product(vectors, dtype, order, epilogue.activation)
+        kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
     out = rows.new_empty(inputs if table is None else len(table), outputs) if out is None else out
     scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
     shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
@@ -140,7 +141,7 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     panels = -(-channels // width)
     one, none = _constant(panels * width, 1.0, dtype), _constant(panels * width, 0.0, dtype)
     out = rows.new_empty(len(table), channels)
-    kernel = convolution.by_channel(operation, vectors, dtype, None, "clamp")
+    kernel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
     _launch(
         kernel,
         rows,

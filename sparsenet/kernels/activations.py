@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.polynomial import chebyshev
 
 from sparsenet.kernels.machine import Kernel
@@ -73,11 +72,10 @@ def _erf_coefficients() -> list[float]:
     """Of erf(x) / x as a polynomial of 2 (x / bound)² - 1, which runs from -1 to 1 and so needs no large coefficients.
     Degree 15 leaves float32 rounding alone, 2e-7."""
 
-    def ratio(places: np.ndarray) -> np.ndarray:
-        values = [_ERF_BOUND * math.sqrt((place + 1) / 2) for place in places]
-        return np.array([math.erf(value) / value for value in values])
-
-    found: list[float] = chebyshev.cheb2poly(chebyshev.chebinterpolate(ratio, 15)).tolist()
+    places = chebyshev.chebpts1(16)
+    values = [_ERF_BOUND * math.sqrt((place + 1) / 2) for place in places]
+    ratios = [math.erf(value) / value for value in values]
+    found: list[float] = chebyshev.cheb2poly(chebyshev.chebfit(places, ratios, 15)).tolist()
     return found
 
 

@@ -46,16 +46,19 @@ def panel_vectors(outputs: int, dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def product(vectors: int, dtype: torch.dtype, residual: str | None, activation: str) -> Callable[[Sequence[int]], None]:
+def product(
+    vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str
+) -> Callable[[Sequence[int]], None]:
     """The kernel of ordinary and grouped convolution.
 
     Weights are packed (groups, panels, taps, channels, vectors · lanes), zero beyond the outputs.
 
     Args:
+        whole: whether a group's outputs fill its panels, so that no lane is idle.
         residual: `None`, or whether rows are added "before" or "after" the activation.
         activation: a name of `ACTIVATIONS`.
     """
-    kernel = Kernel(f"product_{vectors}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
+    kernel = Kernel(f"product_{vectors}_{whole}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
     build, sites_at_once, width = kernel.build, tile(vectors), vectors * kernel.lanes
     rows, table, weights, zeros = (
         kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros")
@@ -113,7 +116,7 @@ def product(vectors: int, dtype: torch.dtype, residual: str | None, activation: 
             *sums, _ = over_taps.values
             for vector in range(vectors):
                 within = build.add(build.mul(place, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
-                mask = kernel.first_lanes(build.sub(outputs, within))
+                mask = None if whole else kernel.first_lanes(build.sub(outputs, within))
                 padded = build.add(build.mul(panel, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
                 channel = build.add(build.mul(group, outputs), within)
                 finish(sums[vector::vectors], targets, channel, padded, mask)
@@ -122,15 +125,16 @@ def product(vectors: int, dtype: torch.dtype, residual: str | None, activation: 
 
 @functools.cache
 def by_channel(
-    operation: str, vectors: int, dtype: torch.dtype, residual: str | None, activation: str
+    operation: str, vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str
 ) -> Callable[[Sequence[int]], None]:
     """The kernel of what keeps channels apart: depthwise convolution, one output per input channel, and pooling.
 
     Args:
         operation: "product" of weights, which are packed (taps, panels · vectors · lanes), zero beyond the channels;
             "max", in which NaN wins, or "sum".
+        whole: whether the channels fill their panels.
     """
-    name = f"{operation}_by_channel_{vectors}_{dtype.itemsize}_{residual}_{activation}"
+    name = f"{operation}_by_channel_{vectors}_{whole}_{dtype.itemsize}_{residual}_{activation}"
     kernel = Kernel(name, FIELDS, dtype)
     build, sites_at_once, width = kernel.build, max(1, tile(vectors) // 2), vectors * kernel.lanes
     rows, table, weights, zeros, outside = (
@@ -158,7 +162,7 @@ def by_channel(
         with kernel.loop(panels) as over_panels:
             begin = build.mul(over_panels.index, kernel.integer(width))
             offsets = [build.add(begin, kernel.integer(vector * kernel.lanes)) for vector in range(vectors)]
-            masks = [kernel.first_lanes(build.sub(channels, offset)) for offset in offsets]
+            masks = [None if whole else kernel.first_lanes(build.sub(channels, offset)) for offset in offsets]
             with kernel.loop(count, step=sites_at_once) as tiles:
                 start = build.add(first, tiles.index)
                 targets = [
@@ -180,7 +184,7 @@ def by_channel(
                         if operation == "max":
                             pointer = build.select(build.icmp_signed(">", row, inputs), outside, pointer)
                         for vector in range(vectors):
-                            numbers = kernel.load_lanes(kernel.at(pointer, offsets[vector]), masks[vector])
+                            numbers = kernel.load(kernel.at(pointer, offsets[vector]), masks[vector])
                             found.append(combined(totals[place * vectors + vector], numbers, loaded[vector]))
                     moved = kernel.at(weight, weight_stride) if operation == "product" else weight
                     over_taps.following = [*found, moved]
@@ -212,10 +216,10 @@ class _Finish:
             target = kernel.build.add(kernel.build.mul(site, self.stride), channel)
             value = kernel.fma(total, scale, shift)
             if self.order is not None:
-                added = kernel.load_lanes(kernel.at(self.residual, target), mask)
+                added = kernel.load(kernel.at(self.residual, target), mask)
             if self.order == "before":
                 value = kernel.build.fadd(value, added)
             value = self.activation(kernel, value, *self.parameters)
             if self.order == "after":
                 value = kernel.build.fadd(value, added)
-            kernel.store_lanes(value, kernel.at(self.out, target), mask)
+            kernel.store(value, kernel.at(self.out, target), mask)

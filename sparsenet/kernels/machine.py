@@ -156,23 +156,24 @@ class Kernel:
             pointer = self.build.gep(pointer, [self.integer(offset) if isinstance(offset, int) else offset])
         return pointer
 
-    def load(self, pointer: Any) -> Any:
-        """A vector, aligned or not."""
+    def load(self, pointer: Any, mask: Any = None) -> Any:
+        """A vector, aligned or not; with a mask, of its lanes only: elsewhere nothing is read, and the lane is zero."""
         address = self.build.bitcast(pointer, self.vector.as_pointer())
-        return self.build.load(address, align=self._align)
-
-    def load_lanes(self, pointer: Any, mask: Any) -> Any:
-        """A vector of the lanes in a mask, zero elsewhere: nothing is read there."""
-        address = self.build.bitcast(pointer, self.vector.as_pointer())
+        if mask is None:
+            return self.build.load(address, align=self._align)
         kind = [address.type, self.ir.IntType(32), self.lane_mask, self.vector]
         function = self._intrinsic(f"llvm.masked.load.{self.suffix}.p0", self.vector, kind)
-        return self.build.call(function, [address, self._alignment, mask, self.zero])
+        return self.build.call(function, [address, self.ir.Constant(self.ir.IntType(32), self._align), mask, self.zero])
 
-    def store_lanes(self, value: Any, pointer: Any, mask: Any) -> None:
+    def store(self, value: Any, pointer: Any, mask: Any = None) -> None:
+        """Write a vector, or those of its lanes that are in a mask."""
         address = self.build.bitcast(pointer, self.vector.as_pointer())
+        if mask is None:
+            self.build.store(value, address, align=self._align)
+            return
         kind = [self.vector, address.type, self.ir.IntType(32), self.lane_mask]
         function = self._intrinsic(f"llvm.masked.store.{self.suffix}.p0", self.ir.VoidType(), kind)
-        self.build.call(function, [value, address, self._alignment, mask])
+        self.build.call(function, [value, address, self.ir.Constant(self.ir.IntType(32), self._align), mask])
 
     def first_lanes(self, count: Any) -> Any:
         """A mask of the first so many lanes: none if negative, all if more than there are."""
@@ -182,10 +183,6 @@ class Kernel:
     @property
     def _align(self) -> int:
         return 8 if self.scalar == self.ir.DoubleType() else 4
-
-    @property
-    def _alignment(self) -> Any:
-        return self.ir.Constant(self.ir.IntType(32), self._align)
 
     # -- arithmetic --------------------------------------------------------------------------------------------
 

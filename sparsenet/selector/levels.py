@@ -32,6 +32,11 @@ class GivenLevels:
     def __init__(self, entry: Tensor):
         self.entry = entry
 
+    @property
+    def full(self) -> bool:
+        """Whether every pixel is active, at any size."""
+        return bool(self.entry.all())
+
     def mask(self, size: Pair) -> Tensor:
         return any_pool(self.entry, size)
 

@@ -85,6 +85,8 @@ class Selector(nn.Module):
         size = (features.shape[2], features.shape[3])
         options = replace(self.options, backend=backend)
         selection = Selection(levels, len(features), size, features.device, options, observers, self, live)
+        if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels) and levels.full:
+            return features  # nothing is skipped: the frozen network goes on as it came
         return enter(ordinary(features), selection)
 
     def _levels(self, features: Tensor) -> Levels:

@@ -1,0 +1,77 @@
+"""Which way computes a frozen layer, by a short measurement, remembered for the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from sparsenet.timing import alternate
+
+# Alternating rounds of a measurement. The ways of a layer differ by more than a machine drifts within milliseconds, or
+# else it does not matter which is taken.
+ROUNDS = 5
+
+
+class Measurements:
+    """Milliseconds of each way of each layer that was measured on this machine.
+
+    Args:
+        path: the file that remembers them, or `None` for no memory. A file that cannot be read or written is as none:
+            what is measured then holds for this object.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.known: dict[str, dict[str, float]] = {}
+        if path is not None:
+            try:
+                self.known = json.loads(path.read_text())
+            except (OSError, ValueError):
+                self.known = {}
+        self._new = False
+
+    def of(self, layer: str, ways: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+        """Milliseconds by name of way: measured now, unless they are known."""
+        found = self.known.get(layer)
+        if found is None or set(found) != set(ways):
+            seconds = alternate(dict(ways), repeats=ROUNDS, warmup=1)
+            found = {name: 1e3 * median(times) for name, times in seconds.items()}
+            self.known[layer] = found
+            self._new = True
+        return found
+
+    def save(self) -> None:
+        if self.path is None or not self._new:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(self.known, indent=1))
+            partial.replace(self.path)
+        except OSError:
+            return
+
+
+def of_this_machine() -> Measurements:
+    """What is remembered under `$XDG_CACHE_HOME/sparsenet` (`~/.cache`), by processor, threads and PyTorch."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    threads = torch.get_num_threads()
+    return Measurements(home / "sparsenet" / f"{_processor()}-{threads}-torch{torch.__version__}.json")
+
+
+def _processor() -> str:
+    """The processor's name, as far as a file's name can hold it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name).split())

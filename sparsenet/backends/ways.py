@@ -1,0 +1,157 @@
+"""The ways to compute a frozen layer, each with the weights packed once as it needs them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsenet import backends
+from sparsenet.backends import indirect
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.sites import KernelMap, Pair
+
+
+class Reads(NamedTuple):
+    """What a layer reads, and for which sites.
+
+    Attributes:
+        rows: (at least `inputs`, C) for each of the images.
+        table: int32 (n_out, taps) as in `KernelMap`, or `None` where each row reads itself.
+        inputs: rows that the table reaches.
+        images: 1, or how many images follow one another, each read by the same table.
+        grid, out_grid: (H, W) of the maps.
+        everything: whether the rows are all pixels of all images, and so are the outputs.
+    """
+
+    rows: Tensor
+    table: Tensor | None
+    inputs: int
+    images: int
+    grid: Pair
+    out_grid: Pair
+    everything: bool
+
+    @property
+    def outputs(self) -> int:
+        """How many rows come of it."""
+        return self.inputs if self.table is None else self.images * len(self.table)
+
+
+class Spec(NamedTuple):
+    """A layer as `torch.nn.Conv2d` names its numbers; padding as PyTorch's functional convolution takes it."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+class Way(Protocol):
+    """A way to compute a layer.
+
+    Attributes:
+        name: "indirect", "dense", or a backend's.
+    """
+
+    name: str
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        """Rows (n_out, O)."""
+
+    def weight(self) -> Tensor:
+        """The weight as it was, (O, C / groups, kh, kw)."""
+
+
+class Indirect:
+    """The kernels of `sparsenet.kernels`."""
+
+    name = "indirect"
+
+    def __init__(self, weight: Tensor, spec: Spec):
+        self.packed = indirect.pack(weight, spec.groups)
+
+    def weight(self) -> Tensor:
+        return indirect.unpack(self.packed)
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        rows, table, each = reads.rows, reads.table, reads.inputs
+        if reads.images == 1 or table is None:
+            return indirect.run(rows, self.packed, epilogue, table, each)
+        out, count = rows.new_empty(reads.outputs, self.packed.shape[0]), len(table)
+        for image in range(reads.images):
+            written = slice(image * count, (image + 1) * count)
+            residual = None if epilogue.residual is None else epilogue.residual[written]
+            of_image = epilogue._replace(residual=residual)
+            indirect.run(rows[image * each : (image + 1) * each], self.packed, of_image, table, each, out[written])
+        return out
+
+
+class OnRows:
+    """Another backend of rows, and the epilogue step by step."""
+
+    def __init__(self, name: str, weight: Tensor, spec: Spec):
+        self.name = name
+        self.groups = spec.groups
+        self._weight = weight.contiguous(memory_format=torch.channels_last)  # as both backends read it
+
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        rows, kernel_map = reads.rows[: reads.inputs], None
+        if reads.table is not None:
+            rows, kernel_map = F.pad(rows, (0, 0, 0, 2)), KernelMap(reads.table, reads.inputs)
+        return epilogue.of(backends.convolve(self.name, rows, self._weight, None, self.groups, kernel_map))
+
+
+class Dense:
+    """oneDNN's convolution with packed weights, of maps of which every pixel is computed."""
+
+    name = "dense"
+
+    def __init__(self, weight: Tensor, spec: Spec):
+        self._weight = weight
+        self.spec = spec
+        self._packed: tuple[Tensor | None, Pair, Tensor] | None = None
+
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        batch = reads.rows.shape[0] // (reads.grid[0] * reads.grid[1])
+        x = reads.rows.view(batch, *reads.grid, -1).permute(0, 3, 1, 2)
+        rest = epilogue._replace(scale=None, shift=None)
+        fused: tuple[str, list[float]] = ("none", [])
+        if epilogue.residual is None and epilogue.activation == "clamp" and epilogue.low == 0:
+            fused = ("relu", []) if epilogue.high == float("inf") else ("hardtanh", [0.0, epilogue.high])
+            rest = Epilogue()
+        operation: Any = torch.ops.mkldnn._convolution_pointwise
+        out = operation(
+            x,
+            self._weights(epilogue.scale, x),
+            epilogue.shift,
+            self.spec.padding,
+            self.spec.stride,
+            self.spec.dilation,
+            self.spec.groups,
+            *fused,
+            "",
+        )
+        return rest.of(out.permute(0, 2, 3, 1).flatten(0, 2))
+
+    def _weights(self, scale: Tensor | None, x: Tensor) -> Tensor:
+        """Scaled and packed for a size; that of the last pass is kept."""
+        size = (x.shape[2], x.shape[3])
+        if self._packed is None or self._packed[0] is not scale or self._packed[1] != size:
+            weight = self._weight if scale is None else self._weight * scale[:, None, None, None]
+            reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
+            spec = self.spec
+            packed = reorder(weight, spec.padding, spec.stride, spec.dilation, spec.groups, list(x.shape))
+            self._packed = (scale, size, packed)
+        return self._packed[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}

@@ -1,0 +1,113 @@
+"""The weights of a frozen layer, and the choice among the ways to compute it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsenet.backends.choice import Measurements
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Dense, Indirect, OnRows, Reads, Spec, Way
+
+
+class FrozenLayer:
+    """The weights of a layer, packed for the ways that compute it: one where a mask guides it, and one where all pixels
+    are computed.
+
+    While there are `measurements`, the first run of each kind measures all `candidates` on what it reads and keeps the
+    fastest. `settle` ends that, and drops what is not kept.
+
+    Args:
+        candidates: names of ways, by kind: "guided" or "everything".
+    """
+
+    def __init__(self, weight: Tensor, spec: Spec, candidates: dict[str, list[str]], measurements: Measurements | None):
+        self.outputs = len(weight)
+        self.spec = spec
+        self.dtype = weight.dtype
+        self.shape = tuple(weight.shape)
+        self.breaks: set[int] = set()
+        self.milliseconds: dict[str, dict[str, float]] = {}
+        self._candidates = candidates
+        self._measurements = measurements
+        self._original: Tensor | None = weight
+        self._ways: dict[str, Way] = {}
+        self._chosen: dict[str, Way] = {}
+        self._folded: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was, (O, C / groups, kh, kw)."""
+        return next(iter(self._ways.values())).weight() if self._original is None else self._original
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The name of the way for each kind."""
+        return {kind: way.name for kind, way in self._chosen.items()}
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        kind = "everything" if reads.everything else "guided"
+        way = self._chosen.get(kind)
+        if way is None:
+            way = self._chosen[kind] = self._fastest(kind, reads, epilogue)
+        return way.run(reads, epilogue)
+
+    def _fastest(self, kind: str, reads: Reads, epilogue: Epilogue) -> Way:
+        names = self._candidates[kind]
+        if len(names) == 1 or self._measurements is None:
+            return self._way(names[0])
+        layer = f"{kind}: {self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
+        ways = {name: self._way(name) for name in names}
+        runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
+        self.milliseconds[kind] = found = self._measurements.of(layer, runs)
+        return ways[min(found, key=found.__getitem__)]
+
+    def _way(self, name: str) -> Way:
+        if name not in self._ways:
+            weight = self.weight
+            kinds: dict[str, Callable[[Tensor, Spec], Way]] = {"indirect": Indirect, "dense": Dense}
+            self._ways[name] = kinds.get(name, functools.partial(OnRows, name))(weight, self.spec)
+        return self._ways[name]
+
+    def settle(self) -> None:
+        """End the measurements: what has not run takes the first candidate, and only what is chosen stays in memory."""
+        self._measurements = None
+        for kind, names in self._candidates.items():
+            self._chosen.setdefault(kind, self._default(names))
+        self._ways = {way.name: way for way in self._chosen.values()}
+        self._original = None
+
+    def _default(self, names: list[str]) -> Way:
+        """A way that is there already, if it is among these."""
+        return next((way for way in self._chosen.values() if way.name in names), None) or self._way(names[0])
+
+    def folded(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Batch normalisation by running statistics as a scale and a shift, (O,) each. Kept for the next pass, until
+        one of its tensors is written to."""
+        tensors = [part for part in (mean, var, weight, bias) if part is not None]
+        key = (eps, *(id(part) for part in tensors))
+        versions = [0 if part.is_inference() else part._version for part in tensors]
+        known = self._folded.get(key)
+        if known is None or known[0][0] != versions:
+            scale = torch.rsqrt(var.double() + eps)
+            scale = scale if weight is None else scale * weight.double()
+            shift = -mean.double() * scale if bias is None else bias.double() - mean.double() * scale
+            # The tensors are kept too, so that no other can have their identity.
+            known = self._folded[key] = ((versions, tensors), scale.to(mean.dtype), shift.to(mean.dtype))
+        return known[1], known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is packed for this machine."""
+        chosen = {kind: [name] for kind, name in self.chosen.items()}
+        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_folded": {}, "_measurements": None}
+        return self.__dict__ | dropped | {"_original": self.weight, "_candidates": chosen or self._candidates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.settle()

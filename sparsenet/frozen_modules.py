@@ -1,0 +1,316 @@
+"""The modules that `freeze` leaves in place of a model's own: convolutions and linear layers of packed weights, whose
+work waits for what follows it, and normalisations and activations that become part of that work."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsenet import context
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Reads
+from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, ordinary
+from sparsenet.frozen_layer import FrozenLayer
+from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
+from sparsenet.rules.norm import continued
+from sparsenet.selection import Everything, Operation
+from sparsenet.sites import Pair, dense_table
+from sparsenet.work import Work
+
+_passes: ContextVar[tuple[dict[int, Everything], ...]] = ContextVar("sparsenet.frozen", default=())
+
+
+def begin_pass() -> None:
+    """A frozen model is called, maybe inside another one."""
+    _passes.set((*_passes.get(), {}))
+
+
+def end_pass() -> None:
+    _passes.set(_passes.get()[:-1])
+
+
+def everything(batch: int, device: torch.device) -> Everything | None:
+    """The selection of what no mask guides in the current pass, `None` outside of one."""
+    passes = _passes.get()
+    if not passes:
+        return None
+    if batch not in passes[-1]:
+        passes[-1][batch] = Everything(batch, device, context.current().observers)
+    return passes[-1][batch]
+
+
+class _Frozen(nn.Module):
+    """A layer whose `weight` is kept packed only. In its `state_dict`, and when pickled, it is as it was."""
+
+    layer: FrozenLayer
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError(
+            "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
+        )
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        weight = torch.empty(0, dtype=self.layer.dtype)
+        changed = function(weight)
+        if (changed.dtype, changed.device) != (weight.dtype, weight.device):
+            raise RuntimeError(
+                f"a frozen model cannot become {changed.dtype} on {changed.device}, because its weights are packed for "
+                f"{weight.dtype} on {weight.device}: convert the model before sparsenet.freeze"
+            )
+        return super()._apply(function, recurse)
+
+    def _takes(self, input: Tensor) -> bool:
+        """Whether packed weights can multiply an ordinary tensor, as far as its kind tells.
+
+        Raises:
+            RuntimeError: where a gradient would be lost.
+        """
+        if torch.is_grad_enabled() and input.requires_grad:
+            raise RuntimeError(
+                "a frozen model computes no gradients: call it under torch.no_grad(), or use the model that it was "
+                "made from"
+            )
+        return input.dtype == self.layer.dtype and input.device.type == "cpu"
+
+
+class FrozenConv2d(_Frozen, nn.Conv2d):
+    """A convolution of packed weights, guided or not. Made by `freeze`, which changes its class and drops `weight`."""
+
+    path: str
+    backend: str
+    fill: Tensor | None
+    _geometries: dict[Pair, tuple[Geometry, bool]]
+
+    @classmethod
+    def make(cls, conv: nn.Conv2d, path: str, layer: FrozenLayer) -> FrozenConv2d:
+        del conv.weight
+        conv.__class__ = cls
+        assert isinstance(conv, cls)
+        conv.path, conv.layer, conv._geometries = path, layer, {}
+        if not hasattr(conv, "fill"):
+            conv.register_buffer("fill", None, persistent=False)
+        return conv
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight as it was, (O, C / groups, kh, kw): a copy."""
+        return self.layer.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.reentered() if isinstance(input, Departed) else input
+        if isinstance(x, Features):
+            try:
+                return self._guided(x)
+            except Leaves:
+                return self._conv_forward(x, self.weight, self.bias)  # whose functions leave for the same reason
+        if not self._takes(x) or x.dim() != 4 or x.shape[1] != self.in_channels:
+            return self._conv_forward(x, self.weight, self.bias)
+        batch, channels, *size = x.shape
+        grid = (size[0], size[1])
+        if grid == (1, 1) == self.kernel_size and self.padding == (0, 0):
+            reads = Reads(x.reshape(batch, channels), None, batch, 1, grid, grid, True)
+            return self.layer.run(reads, Epilogue(shift=self.bias))[:, :, None, None]
+        selection = everything(batch, x.device)
+        # In memory of its own: what waits to read it would not see that an ordinary map was written to.
+        value = x.to(memory_format=torch.channels_last, copy=True)
+        held = selection or Everything(batch, x.device)
+        result = self.forward(MaskedFeatures.make(value, held, grid, full=False))
+        return ordinary(result).contiguous() if selection is None else result
+
+    def _guided(self, x: Features) -> Tensor:
+        selection = x.selection
+        if not selection.everything and (selection.options.backend != "auto" or isinstance(x, MaskedFeatures)):
+            return masked_conv2d(
+                x,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                padding_mode=self.padding_mode,
+                fill=self.fill,
+            )
+        (window, out_grid), pointwise = self._geometry(x)
+        rows, images, table = rows_of(x), 1, None
+        inputs = len(rows)
+        if selection.everything:
+            if not pointwise:
+                images, inputs = selection.batch, x.grid[0] * x.grid[1]
+                table = dense_table(x.grid, window, out_grid, rows.device)
+        elif not pointwise:
+            table = selection.kernel_map(x.grid, x.full, window, out_grid).table
+        elif x.full:
+            table = selection.sites(x.grid).table
+        everything = selection.everything and x.form.padding is None
+        reads = Reads(rows, table, inputs, images, x.grid, out_grid, everything)
+        work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
+        x.read_by(work)
+        if selection.observers:
+            per_site = self.in_channels // self.groups * window.taps * self.out_channels
+            selection.report(work_report("conv2d", work, out_grid, per_site))
+        return type(x).deferred(work, selection, out_grid, full=False, fill=self.fill)
+
+    def _geometry(self, x: Features) -> tuple[Geometry, bool]:
+        """Where the layer reads a map, and whether each pixel reads itself alone; kept, because it takes longer to find
+        than a small layer to compute."""
+        if x.form.plain and x.grid in self._geometries:
+            return self._geometries[x.grid]
+        geometry, _, _ = geometry_of(
+            x, pair(self.kernel_size), self.stride, self.padding, self.dilation, self.padding_mode
+        )
+        found = geometry, geometry.window.pointwise and geometry.out_grid == x.grid
+        if x.form.plain:
+            self._geometries[x.grid] = found
+        return found
+
+    def extra_repr(self) -> str:
+        ways = ", ".join(f"{kind}={name}" for kind, name in self.layer.chosen.items())
+        return f"{super().extra_repr()}, frozen, {ways}"
+
+
+class FrozenLinear(_Frozen, nn.Linear):
+    """A linear layer of packed weights."""
+
+    @classmethod
+    def make(cls, linear: nn.Linear, layer: FrozenLayer) -> FrozenLinear:
+        del linear.weight
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.layer = layer
+        return linear
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight as it was, (O, C): a copy."""
+        return self.layer.weight[:, :, 0, 0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Features):
+            form, kept = input.form, input.selection.everything or isinstance(input, SparseFeatures)
+            if kept and form.order[-1] == "C" and form.channels == (self.in_features,) and form.padding is None:
+                return self._guided(input)
+            return F.linear(input, self.weight, self.bias)
+        if not self._takes(input) or input.shape[-1:] != (self.in_features,):
+            return F.linear(input, self.weight, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        reads = Reads(rows.contiguous(), None, len(rows), 1, (1, 1), (1, 1), True)
+        return self.layer.run(reads, Epilogue(shift=self.bias)).view(*input.shape[:-1], self.out_features)
+
+    def _guided(self, x: Features) -> Features:
+        rows, selection = rows_of(x), x.selection
+        reads = Reads(rows, None, len(rows), 1, x.grid, x.grid, selection.everything)
+        work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
+        x.read_by(work)
+        if selection.observers:
+            selection.report(work_report("linear", work, x.grid, self.in_features * self.out_features))
+        form = x.form.with_channels([self.out_features])
+        return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=form)
+
+
+def rows_of(x: Features) -> Tensor:
+    """The rows of either storage, each contiguous."""
+    value = x.value
+    if isinstance(x, MaskedFeatures):
+        return as_rows(value.contiguous(memory_format=torch.channels_last))
+    rows = as_rows(value)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def work_report(name: str, work: Work, out_grid: Pair, per_site: int) -> Operation:
+    pixels = work.selection.batch * out_grid[0] * out_grid[1]
+    kind = "everything" if work.reads.everything else "guided"
+    backend = work.layer.chosen.get(kind) if isinstance(work.layer, FrozenLayer) else None
+    return Operation(name, "guided", out_grid, work.reads.outputs * per_site, pixels * per_site, backend)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that becomes part of the work it follows. What PyTorch's dispatch takes to find the rule for
+    `batch_norm` is as much as a small layer takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Features) and not self.training:
+            following = continued(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            if following is not None:
+                return following
+        return super().forward(input)
+
+
+class _Activation(nn.Module):
+    """An activation that becomes part of the work it follows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Features) and input._work is not None:
+            step = _step(self, input.dtype)
+            following = None if step is None else input.then(lambda epilogue: epilogue.activated(*step))
+            if following is not None:
+                return input.becomes(following) if getattr(self, "inplace", False) else following
+        return super().forward(input)
+
+
+def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+    match module:
+        case nn.ReLU():
+            return "clamp", 0.0, math.inf
+        case nn.Hardtanh():  # ReLU6 is one
+            return "clamp", module.min_val, module.max_val
+        case _ if dtype is not torch.float32:
+            return None
+        case nn.SiLU():
+            return "silu", 0.0, 0.0
+        case nn.Hardswish():
+            return "hardswish", 0.0, 0.0
+        case nn.Sigmoid():
+            return "sigmoid", 0.0, 0.0
+        case nn.LeakyReLU():
+            return "leaky_relu", module.negative_slope, 0.0
+        case nn.GELU():
+            return "gelu" if module.approximate == "none" else "gelu_tanh", 0.0, 0.0
+    return None
+
+
+class FrozenReLU(_Activation, nn.ReLU): ...
+
+
+class FrozenReLU6(_Activation, nn.ReLU6): ...
+
+
+class FrozenHardtanh(_Activation, nn.Hardtanh): ...
+
+
+class FrozenSiLU(_Activation, nn.SiLU): ...
+
+
+class FrozenHardswish(_Activation, nn.Hardswish): ...
+
+
+class FrozenSigmoid(_Activation, nn.Sigmoid): ...
+
+
+class FrozenLeakyReLU(_Activation, nn.LeakyReLU): ...
+
+
+class FrozenGELU(_Activation, nn.GELU): ...
+
+
+FOLLOWERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.ReLU: FrozenReLU,
+    nn.ReLU6: FrozenReLU6,
+    nn.Hardtanh: FrozenHardtanh,
+    nn.SiLU: FrozenSiLU,
+    nn.Hardswish: FrozenHardswish,
+    nn.Sigmoid: FrozenSigmoid,
+    nn.LeakyReLU: FrozenLeakyReLU,
+    nn.GELU: FrozenGELU,
+}
+"""What `freeze` makes of modules without weights of their own to pack: they change their class and nothing else."""
