@@ -106,9 +106,9 @@ class Comparison:
         for name, ms in self.ms.items():
             low, high = self.quartiles[name]
             row = (name, f"{ms:.2f}", f"{low:.2f} – {high:.2f}")
-            gain = f"{self.speedup[name]:.2f}×" if name in self.speedup else ""
+            faster = f"{self.speedup[name]:.2f}×" if name in self.speedup else ""
             realised = f"{self._realised(name):.2f}" if name in self.speedup and name != "spconv" else ""
-            rows.append((*row, gain, realised))
+            rows.append((*row, faster, realised))
         return rows + [(name, "–", reason, "", "") for name, reason in self.failures.items()]
 
     def summary(self) -> str:

@@ -33,8 +33,8 @@ class Operation:
 
     `status` is "guided", "dense" (a frozen layer that no mask guides), "reduction" (over space: the result is an
     ordinary tensor by nature), "exit" (the features became an ordinary tensor, for `reason`), "reentry" (an ordinary
-    map took up its sites again) or "output" (the model gave the features to its caller, as an ordinary tensor). MACs are of
-    the whole batch: `macs` as computed at active pixels, `dense_macs` as the original would compute them.
+    map took up its sites again) or "output" (the model gave the features to its caller, as an ordinary tensor). MACs
+    are of the whole batch: `macs` as computed at active pixels, `dense_macs` as the original would compute them.
     """
 
     name: str

@@ -197,6 +197,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
             axes.grid(alpha=0.3)
             if name != "efficiency":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}×")
     for axes, size in zip(panels[0], sizes, strict=True):
         axes.set_title(f"3×3 convolution on {size}×{size}", fontsize="medium")
     for axes in panels[-1]:
