@@ -124,6 +124,22 @@ class Features(torch.Tensor):
     _readers: list[ref[Work]]  # work that has yet to read the value; one list for all views
     _shared: _Memory | None
 
+    # -- what rules and models ask most, without the way through PyTorch's dispatch ------------------------------
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size(self.form.shape(self.selection.batch, self.grid))
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        if self._held is not None:
+            return self._held.dtype
+        assert self._work is not None
+        return self._work.dtype
+
+    def dim(self) -> int:
+        return len(self.form.order)
+
     # -- construction ------------------------------------------------------------------------------------------
 
     @classmethod
@@ -405,7 +421,7 @@ class Features(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if Departed in types:
+        if len(types) > 1 and Departed in types:
             args, kwargs = tree_map_only(Departed, Departed.ordinary, (args, kwargs))
         function = RULES.get(func)
         if function is None:
@@ -637,7 +653,11 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
     given = dense
     if selection.followed:  # of no size that left before, for what leaves does not take up its sites at once
         given = {key: Departed.of(tensor, selection, frozenset()) for key, tensor in dense.items()}
-    args, kwargs = tree_map_only(Features, lambda features: given[id(features)], (args, kwargs))
+    if nested:
+        args, kwargs = tree_map_only(Features, lambda features: given[id(features)], (args, kwargs))
+    else:
+        args = tuple(given.get(id(argument), argument) for argument in args)
+        kwargs = {name: given.get(id(argument), argument) for name, argument in kwargs.items()}
     result = func(*args, **kwargs)
     for features in leaving:
         _lend(features, dense[id(features)], result)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet.backends import indirect
-from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, rule
+from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 from sparsenet.rules.conv import pair
-from sparsenet.sites import Pair, Window
+from sparsenet.sites import Pair, Window, dense_table
 
 
 class _Pooling:
@@ -64,15 +64,30 @@ class _Pooling:
         assert isinstance(x, SparseFeatures)
         kernel_map = x.selection.kernel_map(x.grid, x.full, self.window, self.out_grid)
         rows = x.rows
-        recorded = torch.is_grad_enabled() and rows.requires_grad
-        if not recorded and rows.stride(1) == 1 and indirect.unsupported(rows, 1) is None:
-            return indirect.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
-        around = x.surrounded(self.outside)
-        columns = around.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
-        if operation == "sum":
-            return columns.sum(1)
-        # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
-        return columns.max(1).values if columns.requires_grad else columns.amax(1)
+        if not _by_kernel(rows):
+            around = x.surrounded(self.outside)
+            columns = around.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
+            if operation == "sum":
+                return columns.sum(1)
+            # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
+            return columns.max(1).values if columns.requires_grad else columns.amax(1)
+        return indirect.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
+
+    def unguided(self) -> Features | None:
+        """The maximum over a map of a frozen network that no mask guides, or `None` if no kernel computes it."""
+        x = self.x
+        rows = as_rows(x.value)
+        if not x.selection.everything or not _by_kernel(rows):
+            return None
+        table, each = dense_table(x.grid, self.window, self.out_grid, rows.device), x.grid[0] * x.grid[1]
+        images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
+        value = torch.stack(images).unflatten(1, self.out_grid).permute(0, 3, 1, 2)
+        return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
+
+
+def _by_kernel(rows: Tensor) -> bool:
+    recorded = torch.is_grad_enabled() and rows.requires_grad
+    return not recorded and rows.stride(1) == 1 and indirect.unsupported(rows, 1) is None
 
 
 @rule(F.max_pool2d, torch.max_pool2d, any_form=True)
@@ -95,7 +110,7 @@ def max_pool2d(
 
     pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf)
     if isinstance(x, MaskedFeatures):
-        return pooling.dense(x.read("max_pool2d"))
+        return pooling.unguided() or pooling.dense(x.read("max_pool2d"))
     return SparseFeatures.of_rows(pooling.rows("max"), x.selection, pooling.out_grid)
 
 
