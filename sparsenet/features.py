@@ -114,7 +114,8 @@ class Features(torch.Tensor):
     fill: Tensor | None
     grid: Pair
     form: Form
-    _held: Tensor | None  # the value, if it is computed
+    _held: Tensor | None  # the value, if it is made
+    _rows: Tensor | None  # a layer's rows, of which the value can be made
     _work: Work | None  # what computes it, in a frozen model
     _passage: _Passage | None
     _live: bool
@@ -132,13 +133,17 @@ class Features(torch.Tensor):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        if self._held is not None:
-            return self._held.dtype
+        for tensor in (self._held, self._rows):
+            if tensor is not None:
+                return tensor.dtype
         assert self._work is not None
         return self._work.dtype
 
     def dim(self) -> int:
         return len(self.form.order)
+
+    def numel(self) -> int:
+        return prod(self.form.shape(self.selection.batch, self.grid))
 
     # -- construction ------------------------------------------------------------------------------------------
 
@@ -185,6 +190,7 @@ class Features(torch.Tensor):
         shape = form.shape(selection.batch, grid)
         features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
         features._held = value
+        features._rows = None
         features._work = None
         features.selection = selection
         features.grid = grid
@@ -213,7 +219,7 @@ class Features(torch.Tensor):
 
     def then(self, step: Callable[[Epilogue], Epilogue | None]) -> Features | None:
         """These features after one step more of their layer's epilogue, or `None` where it cannot be part of it."""
-        work = self._work if self._held is None else None
+        work = self._work
         following = None if work is None else work.then(step(work.epilogue))
         if following is None:
             return None
@@ -270,7 +276,8 @@ class Features(torch.Tensor):
         """This very object as what an in-place operation leaves, which is not computed yet."""
         if self._shared is not None:
             self._shared.written()
-        self._held, self._work, self.full, self.fill, self._read = None, other._work, other.full, None, None
+        self._held, self._rows, self._work, self._read = None, None, other._work, None
+        self.full, self.fill = other.full, None
         return self
 
     @property
@@ -313,13 +320,32 @@ class Features(torch.Tensor):
     @property
     def _value(self) -> Tensor:
         if self._held is None:
-            assert self._work is not None
-            self._held, self._work = self._of_result(self._work.result()), None
+            self._held = self._of_result(self._result())
         return self._held
 
     @_value.setter
     def _value(self, value: Tensor) -> None:
-        self._held, self._work = value, None
+        self._held, self._rows, self._work = value, None, None
+
+    def _result(self) -> Tensor:
+        """The rows that a layer's work gives."""
+        if self._rows is None:
+            assert self._work is not None
+            self._rows, self._work = self._work.result(), None
+        return self._rows
+
+    def computed(self) -> Tensor:
+        """The value as rows (n, C), in `MaskedFeatures` one for each pixel, each contiguous: for a layer to read."""
+        self._check_writes()
+        if self._held is None:
+            return self._result()
+        if self._rows is not None:
+            return self._rows
+        value = self.value
+        rows = as_rows(value)
+        if rows.stride(1) == 1:
+            return rows
+        return as_rows(value.contiguous(memory_format=torch.channels_last))
 
     def _of_result(self, rows: Tensor) -> Tensor:
         """The value of a layer's rows."""
@@ -328,6 +354,13 @@ class Features(torch.Tensor):
     @property
     def value(self) -> Tensor:
         """The storage's value, attached to the autograd graph."""
+        self._check_writes()
+        if torch.is_grad_enabled() and not (self._value.requires_grad or self._tied) and _requires_grad(self):
+            self._value = _Leave.apply(self)  # kept, so that what is written to views of it is part of the graph
+        return self._value
+
+    def _check_writes(self) -> None:
+        """Raise for writes that would be lost."""
         for lent, version in self._lent:
             if lent._version != version:
                 raise RuntimeError(
@@ -339,9 +372,6 @@ class Features(torch.Tensor):
                 "a guided feature map was written to in place after this one was taken from it as a view, or the other "
                 "way round, and sparsenet keeps the two apart: the write would be lost. Call .clone() before writing"
             )
-        if torch.is_grad_enabled() and not (self._value.requires_grad or self._tied) and _requires_grad(self):
-            self._value = _Leave.apply(self)  # kept, so that what is written to views of it is part of the graph
-        return self._value
 
     @property
     def sites(self) -> ActiveSites:
@@ -522,7 +552,8 @@ class SparseFeatures(Features):
         return cls.make(as_value(rows), selection, grid, full=full, fill=fill, form=form)
 
     def _of_result(self, rows: Tensor) -> Tensor:
-        return as_value(rows)
+        count, channels = rows.shape
+        return rows.as_strided((1, channels, count, 1), (count * channels, 1, channels, channels))
 
     @property
     def rows(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
@@ -78,9 +79,10 @@ class Form:
     channels: tuple[int, ...]
     padding: Padding | None = None
 
-    @classmethod
-    def plain_of(cls, channels: int) -> Form:
-        return cls("NCHW", (channels,))
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def plain_of(channels: int) -> Form:
+        return Form("NCHW", (channels,))
 
     @property
     def plain(self) -> bool:
@@ -168,9 +170,12 @@ class Form:
         A view keeps the order of the numbers, so that it keeps the pixels apart where the lengths between N, H and W
         multiply to what they were.
         """
+        return _viewed(self, tuple(shape), batch, grid)
+
+    def _as(self, shape: tuple[int, ...], batch: int, grid: Pair) -> Form | None:
         if self.padding is not None:
             return None
-        if tuple(shape) == self.shape(batch, grid):
+        if shape == self.shape(batch, grid):
             return self
         found = self._viewed(shape, {"N": batch, "H": grid[0], "W": grid[1]})
         if found is not None or batch != 1:
@@ -200,6 +205,12 @@ class Form:
                 return None
             order += letter
         return None if ahead else Form(order, tuple(channels))
+
+
+@lru_cache(maxsize=4096)
+def _viewed(form: Form, shape: tuple[int, ...], batch: int, grid: Pair) -> Form | None:
+    """`Form.viewed`, remembered: heads view their maps in every pass."""
+    return form._as(shape, batch, grid)
 
 
 def _segments(order: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Dense, Indirect, OnRows, Reads, Spec, Way
+from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way
 
 
 class FrozenLayer:
@@ -37,7 +37,7 @@ class FrozenLayer:
         self._original: Tensor | None = weight
         self._ways: dict[str, Way] = {}
         self._chosen: dict[str, Way] = {}
-        self._folded: dict[Any, tuple[Any, Tensor, Tensor]] = {}
+        self._normalised: dict[Any, tuple[list[int], list[Tensor], Epilogue | None]] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -85,27 +85,30 @@ class FrozenLayer:
         """A way that is there already, if it is among these."""
         return next((way for way in self._chosen.values() if way.name in names), None) or self._way(names[0])
 
-    def folded(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Batch normalisation by running statistics as a scale and a shift, (O,) each. Kept for the next pass, until
-        one of its tensors is written to."""
-        tensors = [part for part in (mean, var, weight, bias) if part is not None]
-        key = (eps, *(id(part) for part in tensors))
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
+        """With batch normalisation by running statistics as the next step. Kept for the next pass, until one of its
+        tensors is written to."""
+        if not epilogue.scales:
+            return None
+        tensors = [part for part in (*norm[:4], epilogue.scale, epilogue.shift) if part is not None]
+        key = (norm.eps, *(id(part) for part in tensors))
         versions = [0 if part.is_inference() else part._version for part in tensors]
-        known = self._folded.get(key)
-        if known is None or known[0][0] != versions:
-            scale = torch.rsqrt(var.double() + eps)
-            scale = scale if weight is None else scale * weight.double()
-            shift = -mean.double() * scale if bias is None else bias.double() - mean.double() * scale
+        known = self._normalised.get(key)
+        if known is None or known[0] != versions:
+            scale = torch.rsqrt(norm.var.double() + norm.eps)
+            scale = scale if norm.weight is None else scale * norm.weight.double()
+            shift = (
+                -norm.mean.double() * scale if norm.bias is None else norm.bias.double() - norm.mean.double() * scale
+            )
             # The tensors are kept too, so that no other can have their identity.
-            known = self._folded[key] = ((versions, tensors), scale.to(mean.dtype), shift.to(mean.dtype))
-        return known[1], known[2]
+            known = versions, tensors, epilogue.scaled(scale.to(norm.mean.dtype), shift.to(norm.mean.dtype))
+            self._normalised[key] = known
+        return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is packed for this machine."""
         chosen = {kind: [name] for kind, name in self.chosen.items()}
-        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_folded": {}, "_measurements": None}
+        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_normalised": {}, "_measurements": None}
         return self.__dict__ | dropped | {"_original": self.weight, "_candidates": chosen or self._candidates}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

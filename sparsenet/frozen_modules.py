@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsenet import context
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
-from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, ordinary
+from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
 from sparsenet.rules.norm import continued
@@ -141,7 +141,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
                 fill=self.fill,
             )
         (window, out_grid), pointwise = self._geometry(x)
-        rows, images, table = rows_of(x), 1, None
+        rows, images, table = x.computed(), 1, None
         inputs = len(rows)
         if selection.everything:
             if not pointwise:
@@ -207,7 +207,7 @@ class FrozenLinear(_Frozen, nn.Linear):
         return self.layer.run(reads, Epilogue(shift=self.bias)).view(*input.shape[:-1], self.out_features)
 
     def _guided(self, x: Features) -> Features:
-        rows, selection = rows_of(x), x.selection
+        rows, selection = x.computed(), x.selection
         reads = Reads(rows, None, len(rows), 1, x.grid, x.grid, selection.everything)
         work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
         x.read_by(work)
@@ -215,15 +215,6 @@ class FrozenLinear(_Frozen, nn.Linear):
             selection.report(work_report("linear", work, x.grid, self.in_features * self.out_features))
         form = x.form.with_channels([self.out_features])
         return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=form)
-
-
-def rows_of(x: Features) -> Tensor:
-    """The rows of either storage, each contiguous."""
-    value = x.value
-    if isinstance(x, MaskedFeatures):
-        return as_rows(value.contiguous(memory_format=torch.channels_last))
-    rows = as_rows(value)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def work_report(name: str, work: Work, out_grid: Pair, per_site: int) -> Operation:

@@ -130,7 +130,7 @@ def any_pool(mask: Tensor, size: Pair) -> Tensor:
         return mask
     coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
     pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)
-    return F.interpolate(pooled, size, mode="nearest")[:, 0] > 0
+    return (pooled if coarse == size else F.interpolate(pooled, size, mode="nearest"))[:, 0] > 0
 
 
 def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Reads
+from sparsenet.backends.ways import Norm, Reads
 from sparsenet.selection import Selection
 
 
@@ -28,10 +28,8 @@ class Layer(Protocol):
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         """Rows (n_out, O)."""
 
-    def folded(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Batch normalisation by running statistics as a scale and a shift, each (O,)."""
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
+        """An epilogue with normalisation as its next step, or `None`."""
 
 
 class Work:

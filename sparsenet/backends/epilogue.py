@@ -45,8 +45,13 @@ class Epilogue(NamedTuple):
 
     # -- one step more, or `None` where it cannot be part ------------------------------------------------------
 
+    @property
+    def scales(self) -> bool:
+        """Whether a scale can be the next step."""
+        return not self.activates and self.residual is None
+
     def scaled(self, scale: Tensor, shift: Tensor | None) -> Epilogue | None:
-        if self.activates or self.residual is not None:
+        if not self.scales:
             return None
         before = shift if self.shift is None else self.shift * scale if shift is None else self.shift * scale + shift
         return self._replace(scale=scale if self.scale is None else self.scale * scale, shift=before)

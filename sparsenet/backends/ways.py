@@ -49,6 +49,16 @@ class Spec(NamedTuple):
     groups: int
 
 
+class Norm(NamedTuple):
+    """Batch normalisation by running statistics, (O,) each."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 class Way(Protocol):
     """A way to compute a layer.
 

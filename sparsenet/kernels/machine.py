@@ -120,11 +120,11 @@ class Kernel:
 
     def field(self, name: str) -> Any:
         """An integer of the job."""
-        return self.build.load(self._place(name))
+        return self.build.load(self.place(name))
 
     def number(self, name: str) -> Any:
         """A float64 number of the job, in every lane."""
-        address = self.build.bitcast(self._place(name), self.ir.DoubleType().as_pointer())
+        address = self.build.bitcast(self.place(name), self.ir.DoubleType().as_pointer())
         value = self.build.load(address)
         return self.splat(value if self.scalar == self.ir.DoubleType() else self.build.fptrunc(value, self.scalar))
 
@@ -133,7 +133,8 @@ class Kernel:
         kind = self.ir.IntType(32) if integers else self.scalar
         return self.build.inttoptr(self.field(name), kind.as_pointer())
 
-    def _place(self, name: str) -> Any:
+    def place(self, name: str) -> Any:
+        """The address of one of the job's numbers."""
         return self.build.gep(self.function.args[0], [self.integer(self.fields.index(name))])
 
     def splat(self, value: Any) -> Any:
@@ -241,15 +242,16 @@ class Kernel:
         take, work, done = (self.function.append_basic_block() for _ in range(3))
         build.branch(take)
         build.position_at_end(take)
-        piece = build.atomic_rmw("add", self._place("taken"), self.integer(1), "monotonic")
+        piece = build.atomic_rmw("add", self.place("taken"), self.integer(1), "monotonic")
         build.cbranch(build.icmp_signed("<", piece, count), work, done)
         build.position_at_end(work)
         yield piece
         build.branch(take)
         build.position_at_end(done)
 
-    def compiled(self) -> Callable[[Sequence[int]], None]:
-        """A function that runs the kernel on a job on PyTorch's threads."""
+    def compiled(self, parallel: bool = True) -> Callable[[Sequence[int]], Any]:
+        """A function that runs the kernel on a job, on PyTorch's threads or (not `parallel`) on the calling one, and
+        gives the job as the kernel leaves it."""
         llvm = self.llvm
         self.build.ret_void()
         module = llvm.binding.parse_assembly(str(self.module))
@@ -261,16 +263,28 @@ class Kernel:
         llvm.engine.add_module(module)
         llvm.engine.finalize_object()
         llvm.modules.append(module)  # whose memory the code lies in
-        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields))
+        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields), parallel)
 
 
-def _launcher(address: int, length: int) -> Callable[[Sequence[int]], None]:
-    parallel = ctypes.CDLL(None).GOMP_parallel
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
+def _launcher(address: int, length: int, parallel: bool) -> Callable[[Sequence[int]], Any]:
     job_type = ctypes.c_int64 * length
+    if not parallel:
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
-    def launch(job: Sequence[int]) -> None:
-        parallel(address, job_type(*job), torch.get_num_threads(), 0)
+        def run(job: Sequence[int]) -> Any:
+            numbers = job_type(*job)
+            function(ctypes.addressof(numbers))
+            return numbers
+
+        return run
+
+    on_threads = ctypes.CDLL(None).GOMP_parallel
+    on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    on_threads.restype = None
+
+    def launch(job: Sequence[int]) -> Any:
+        numbers = job_type(*job)
+        on_threads(address, numbers, torch.get_num_threads(), 0)
+        return numbers
 
     return launch

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
+from sparsenet.backends.ways import Norm
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 
 
@@ -61,10 +62,11 @@ def continued(
     x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Features | None:
     """Normalisation by running statistics as part of the work that a layer has yet to do, if it can be."""
-    if x._work is None or mean is None or var is None:
+    work = x._work
+    if work is None or mean is None or var is None:
         return None
-    scale, shift = x._work.layer.folded(mean, var, weight, bias, eps)
-    return x.then(lambda epilogue: epilogue.scaled(scale, shift))
+    norm = Norm(mean, var, weight, bias, eps)
+    return x.then(lambda epilogue: work.layer.normalised(epilogue, norm))
 
 
 def _total(values: Tensor, group: Any) -> Tensor:

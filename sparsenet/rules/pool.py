@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class _Pooling:
         dilation: Any,
         ceil_mode: bool,
         outside: float,
+        average: bool,
     ):
         if x.form.order != "NCHW":
             raise Leaves(x.form.description)
@@ -44,10 +46,9 @@ class _Pooling:
             mode, outside = around.mode, around.value if around.mode == "zeros" else outside
         self.pool, self.around, self.x, self.outside = pool, around, x, outside
         self.padded = x.grid if around is None else around.around(x.grid)
-        _, _, height, width = pool(torch.empty(1, 1, *self.padded, device="meta")).shape
-        self.out_grid: Pair = (height, width)
         kernel = pair(kernel_size)
         by = kernel if stride is None or stride == [] else pair(stride)
+        self.out_grid = _out_grid(average, self.padded, kernel, by, own, pair(dilation), ceil_mode)
         self.own = Window(kernel, by, own, pair(dilation))
         top, left = (0, 0) if around is None else (around.top, around.left)
         self.window = Window(kernel, by, (own[0] + top, own[1] + left), pair(dilation), mode)
@@ -85,6 +86,20 @@ class _Pooling:
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
 
 
+@lru_cache(maxsize=1024)
+def _out_grid(
+    average: bool, grid: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> Pair:
+    """As PyTorch finds it, which refuses bad arguments."""
+    of_nothing = torch.empty(1, 1, *grid, device="meta")
+    if average:
+        pooled = F.avg_pool2d(of_nothing, kernel, stride, padding, ceil_mode)
+    else:
+        pooled = F.max_pool2d(of_nothing, kernel, stride, padding, dilation, ceil_mode)
+    _, _, height, width = pooled.shape
+    return height, width
+
+
 def _by_kernel(rows: Tensor) -> bool:
     recorded = torch.is_grad_enabled() and rows.requires_grad
     return not recorded and rows.stride(1) == 1 and indirect.unsupported(rows, 1) is None
@@ -108,9 +123,10 @@ def max_pool2d(
     def pool(dense: Tensor) -> Tensor:
         return F.max_pool2d(dense, kernel_size, stride, padding, dilation, ceil_mode)
 
-    pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf)
+    pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf, average=False)
     if isinstance(x, MaskedFeatures):
-        return pooling.unguided() or pooling.dense(x.read("max_pool2d"))
+        unguided = pooling.unguided()
+        return pooling.dense(x.read("max_pool2d")) if unguided is None else unguided
     return SparseFeatures.of_rows(pooling.rows("max"), x.selection, pooling.out_grid)
 
 
@@ -130,7 +146,9 @@ def avg_pool2d(
     def pool(dense: Tensor) -> Tensor:
         return F.avg_pool2d(dense, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
-    pooling = _Pooling(pool, x, kernel_size, stride, padding, 1, ceil_mode, outside=0.0)
+    if divisor_override == 0:
+        raise RuntimeError("avg_pool2d would divide by zero: divisor_override is 0")
+    pooling = _Pooling(pool, x, kernel_size, stride, padding, 1, ceil_mode, outside=0.0, average=True)
     if isinstance(x, MaskedFeatures):
         return pooling.dense(x.read("avg_pool2d"))
     sums = pooling.rows("sum")
