@@ -8,6 +8,8 @@ from sparsenet.context import use_mask as use_mask
 from sparsenet.freeze import freeze as freeze
 from sparsenet.masked_conv import MaskedConv2d as MaskedConv2d
 from sparsenet.plan import Plan as Plan
+from sparsenet.profile import Profile as Profile
+from sparsenet.profile import profile as profile
 from sparsenet.record import record as record
 from sparsenet.selector import GivenMask as GivenMask
 from sparsenet.selector import SelectiveModule as SelectiveModule

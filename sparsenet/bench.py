@@ -195,7 +195,7 @@ def compare(
         raise ValueError(f"density must be above 0, and 1 at most, not {density}")
     with using_threads(threads):
         torch.manual_seed(0)
-        network, images = _network(coverage.named(name).eval(), size, batch)
+        network, images = network_of(coverage.named(name).eval(), size, batch)
         selective = selectify(network, at, selector=GivenMask(), example_inputs=images)
         found = plan(selective)
         mask = blobs(batch, found.size, density)
@@ -295,7 +295,7 @@ class DetectorNetwork(nn.Module):
         return self.head([maps] if isinstance(maps, Tensor) else list(maps.values()))
 
 
-def _network(model: nn.Module, size: int | None, batch: int) -> tuple[nn.Module, Tensor]:
+def network_of(model: nn.Module, size: int | None, batch: int) -> tuple[nn.Module, Tensor]:
     """What is timed of a model, on which images. Its random weights are made to behave like trained ones."""
     example = example_inputs(model)
     if hasattr(model, "rpn"):

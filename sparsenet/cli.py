@@ -1,4 +1,4 @@
-"""The command line: `sparsenet stages | plan | coverage | bench`."""
+"""The command line: `sparsenet stages | plan | coverage | bench | profile`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsenet import bench, coverage, sweep
+from sparsenet.context import use_mask
 from sparsenet.coverage import Result
+from sparsenet.freeze import freeze
+from sparsenet.masks import blobs
+from sparsenet.profile import profile
 from sparsenet.selector import GivenMask
 from sparsenet.surgery import plan, selectify, stages
 
@@ -70,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, machine and versions here")
     timing.add_argument("--plot", type=Path, metavar="FILE", help="draw bars, or the sweep's break-even curves, here")
     timing.set_defaults(run=_bench)
+
+    profiling = commands.add_parser("profile", help="where the time of a frozen selective network goes, by layer")
+    profiling.add_argument("model", help="as for `stages`")
+    profiling.add_argument("--at", metavar="STAGE", required=True, help="as for `plan`")
+    profiling.add_argument("--density", type=float, required=True, help="as for `bench`")
+    profiling.add_argument("--size", type=int, help="as for `bench`")
+    profiling.add_argument("--batch", type=int, default=1, help="as for `bench`")
+    profiling.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes)")
+    profiling.add_argument("--repeats", type=int, default=20, help="timed passes (default: 20)")
+    profiling.set_defaults(run=_profile)
     return parser
 
 
@@ -148,6 +164,17 @@ def _show(rows: list[tuple[str, ...]]) -> None:
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)
+
+
+def _profile(options: Any) -> int:
+    torch.manual_seed(0)
+    with bench.using_threads(options.threads):
+        network, images = bench.network_of(coverage.named(options.model).eval(), options.size, options.batch)
+        selective = selectify(network, options.at, selector=GivenMask(), example_inputs=images)
+        frozen = freeze(selective, images)
+        with use_mask(blobs(options.batch, plan(selective).size, options.density)):
+            print(profile(frozen, images, repeats=options.repeats))
+    return 0
 
 
 def _line(result: Result) -> str:

@@ -16,6 +16,7 @@ from sparsenet import backends, context
 from sparsenet.backends import choice, indirect
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.ways import Spec
+from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Features
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import FOLLOWERS, FrozenConv2d, FrozenLinear, begin_pass, end_pass
@@ -59,8 +60,9 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     measurements = choice.of_this_machine()
     layers = list(_replaced(frozen, backend, measurements))
-    frozen.register_forward_pre_hook(FrozenBeginHook(), prepend=True)
-    frozen.register_forward_hook(FrozenEndHook(), always_call=True)
+    memory = Workspace()
+    frozen.register_forward_pre_hook(FrozenBeginHook(memory), prepend=True)
+    frozen.register_forward_hook(FrozenEndHook(memory), always_call=True)
     with quietly(frozen):
         for setting in _settings(frozen):
             with setting:
@@ -104,14 +106,14 @@ def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Ite
                 candidates = _candidates(module, weight, backend)
                 padding = module.padding if isinstance(module.padding, tuple) else 0
                 spec = Spec(pair(module.stride), pair(padding), pair(module.dilation), module.groups)
-                layer = FrozenLayer(weight, spec, candidates, measurements)
-                FrozenConv2d.make(module, path, layer)
+                layer = FrozenLayer(path, weight, spec, candidates, measurements)
+                FrozenConv2d.make(module, layer)
             else:
                 assert isinstance(module, nn.Linear)
                 kernels = ["rows"] if indirect.unsupported(weight, 1) else ["indirect", "rows"]
                 candidates = {"guided": kernels, "everything": kernels}
                 spec = Spec((1, 1), (0, 0), (1, 1), 1)
-                layer = FrozenLayer(weight[:, :, None, None], spec, candidates, measurements)
+                layer = FrozenLayer(path, weight[:, :, None, None], spec, candidates, measurements)
                 FrozenLinear.make(module, layer)
             yield layer
 
@@ -137,17 +139,23 @@ def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list
 class FrozenBeginHook:
     """Forward pre-hook of a frozen root."""
 
+    memory: Workspace
+
     def __call__(self, module: nn.Module, args: Any) -> None:
-        begin_pass()
+        begin_pass(self.memory)
 
 
 @dataclass(eq=False)
 class FrozenEndHook:
     """Forward hook of a frozen root, called after an error too: its outputs are ordinary tensors."""
 
+    memory: Workspace
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        output = tree_map_only(Features, _ordinary, output)
         end_pass()
-        return tree_map_only(Features, _ordinary, output)
+        self.memory.trim()
+        return output
 
 
 def _ordinary(part: Features) -> Tensor:

@@ -22,10 +22,19 @@ class FrozenLayer:
     fastest. `settle` ends that, and drops what is not kept.
 
     Args:
+        path: of its module in the model.
         candidates: names of ways, by kind: "guided" or "everything".
     """
 
-    def __init__(self, weight: Tensor, spec: Spec, candidates: dict[str, list[str]], measurements: Measurements | None):
+    def __init__(
+        self,
+        path: str,
+        weight: Tensor,
+        spec: Spec,
+        candidates: dict[str, list[str]],
+        measurements: Measurements | None,
+    ):
+        self.path = path
         self.outputs = len(weight)
         self.spec = spec
         self.dtype = weight.dtype
@@ -65,6 +74,15 @@ class FrozenLayer:
         runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs)
         return ways[min(found, key=found.__getitem__)]
+
+    def reason(self, kind: str) -> str:
+        """Why the layer runs as it does."""
+        name = self.chosen[kind]
+        found = self.milliseconds.get(kind, {})
+        others = ", ".join(f"{other} {ms:.3f}" for other, ms in found.items() if other != name)
+        if others:
+            return f"measured: {found[name]:.3f} ms against {others}"
+        return "the only way" if len(self._candidates[kind]) == 1 else "not met by the example inputs"
 
     def _way(self, name: str) -> Way:
         if name not in self._ways:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsenet import context
+from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
+from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
@@ -22,16 +25,27 @@ from sparsenet.selection import Everything, Operation
 from sparsenet.sites import Pair, dense_table
 from sparsenet.work import Work
 
-_passes: ContextVar[tuple[dict[int, Everything], ...]] = ContextVar("sparsenet.frozen", default=())
+
+@dataclass(frozen=True)
+class _Pass:
+    """One call of a frozen model."""
+
+    memory: Any
+    selections: dict[int, Everything]
 
 
-def begin_pass() -> None:
+_passes: ContextVar[tuple[_Pass, ...]] = ContextVar("sparsenet.frozen", default=())
+
+
+def begin_pass(memory: Workspace) -> None:
     """A frozen model is called, maybe inside another one."""
-    _passes.set((*_passes.get(), {}))
+    _passes.set((*_passes.get(), _Pass(workspace.enter(memory), {})))
 
 
 def end_pass() -> None:
-    _passes.set(_passes.get()[:-1])
+    *outer, last = _passes.get()
+    workspace.leave(last.memory)
+    _passes.set(tuple(outer))
 
 
 def everything(batch: int, device: torch.device) -> Everything | None:
@@ -39,9 +53,10 @@ def everything(batch: int, device: torch.device) -> Everything | None:
     passes = _passes.get()
     if not passes:
         return None
-    if batch not in passes[-1]:
-        passes[-1][batch] = Everything(batch, device, context.current().observers)
-    return passes[-1][batch]
+    selections = passes[-1].selections
+    if batch not in selections:
+        selections[batch] = Everything(batch, device, context.current().observers)
+    return selections[batch]
 
 
 class _Frozen(nn.Module):
@@ -85,17 +100,15 @@ class _Frozen(nn.Module):
 class FrozenConv2d(_Frozen, nn.Conv2d):
     """A convolution of packed weights, guided or not. Made by `freeze`, which changes its class and drops `weight`."""
 
-    path: str
-    backend: str
     fill: Tensor | None
     _geometries: dict[Pair, tuple[Geometry, bool]]
 
     @classmethod
-    def make(cls, conv: nn.Conv2d, path: str, layer: FrozenLayer) -> FrozenConv2d:
+    def make(cls, conv: nn.Conv2d, layer: FrozenLayer) -> FrozenConv2d:
         del conv.weight
         conv.__class__ = cls
         assert isinstance(conv, cls)
-        conv.path, conv.layer, conv._geometries = path, layer, {}
+        conv.layer, conv._geometries = layer, {}
         if not hasattr(conv, "fill"):
             conv.register_buffer("fill", None, persistent=False)
         return conv

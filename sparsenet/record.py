@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -88,6 +89,10 @@ class Record:
             yield
         finally:
             self._counting = before
+
+    def computing(self, work: Any) -> AbstractContextManager[None]:
+        """Around the work of a frozen layer, which was counted when it was asked for."""
+        return self.uncounted()
 
     @contextmanager
     def selecting(self) -> Iterator[None]:

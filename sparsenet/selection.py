@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class Observer(Protocol):
     def uncounted(self) -> AbstractContextManager[None]: ...
 
     def selecting(self) -> AbstractContextManager[None]: ...
+
+    def computing(self, work: Any) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ class Layer(Protocol):
     """A frozen layer.
 
     Attributes:
+        path: of its module in the model.
         outputs: how many channels a result has.
         breaks: after how many steps of its epilogue a result is read by more than the next step, so that it must be
             computed there.
     """
 
+    path: str
     outputs: int
     breaks: set[int]
 
@@ -69,8 +71,8 @@ class Work:
         if self._result is None:
             if self._continued:
                 self.layer.breaks.add(self.steps)
-            with ExitStack() as uncounted:  # it was counted when it was asked for
+            with ExitStack() as observed:
                 for observer in self.selection.observers:
-                    uncounted.enter_context(observer.uncounted())
+                    observed.enter_context(observer.computing(self))
                 self._result = self.layer.run(self.reads, self.epilogue)
         return self._result

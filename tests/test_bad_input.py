@@ -288,7 +288,7 @@ def test_already_selective(selective: nn.Module) -> None:
 
 def test_unknown_backend(selective: nn.Module) -> None:
     model = SmallNet()
-    named = ("unknown backend 'cudnn'", "auto, reference, rows, spconv")
+    named = ("unknown backend 'cudnn'", "auto, reference, rows, indirect, spconv")
     with raises(ValueError, model, *named):
         sparsenet.selectify(model, "stem", example_inputs=IMAGES, backend="cudnn", inplace=True)
     with raises(ValueError, selective, *named), sparsenet.use_backend("cudnn"):

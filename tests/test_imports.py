@@ -14,12 +14,15 @@ ROOT = Path(__file__).parents[1]
 
 # Each may import its own row and those before it: docs/design.md, "Layout and direction".
 ORDER = (
+    {"kernels"},
     {"sites", "form", "regions", "masks", "timing", "calls", "macs"},
     {"backends"},
-    {"selection", "context", "features", "rules"},
+    {"selection", "work", "context", "features", "rules"},
     {"selector"},
     {"masked_conv", "masked_norm", "record", "stage", "plan", "hooks", "surgery", "train"},
-    {"coverage"},
+    {"frozen_layer", "frozen_modules", "freeze", "profile"},
+    {"coverage", "engines"},
+    {"bench", "sweep"},
     {"cli", "__main__"},
 )
 LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}

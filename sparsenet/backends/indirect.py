@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsenet.backends import rows as trainable
+from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.kernels import convolution, machine
 from sparsenet.sites import KernelMap
@@ -103,7 +104,7 @@ def run(
         kernel = convolution.by_channel("product", vectors, whole, dtype, order, epilogue.activation)
     else:
         kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
-    out = rows.new_empty(inputs if table is None else len(table), outputs) if out is None else out
+    out = workspace.empty(inputs if table is None else len(table), outputs, rows) if out is None else out
     scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
     shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
     _launch(
@@ -140,7 +141,7 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     width = vectors * machine.lanes(dtype)
     panels = -(-channels // width)
     one, none = _constant(panels * width, 1.0, dtype), _constant(panels * width, 0.0, dtype)
-    out = rows.new_empty(len(table), channels)
+    out = workspace.empty(len(table), channels, rows)
     kernel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
     _launch(
         kernel,

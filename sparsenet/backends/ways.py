@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet import backends
-from sparsenet.backends import indirect
+from sparsenet.backends import indirect, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.sites import KernelMap, Pair
 
@@ -90,7 +90,7 @@ class Indirect:
         rows, table, each = reads.rows, reads.table, reads.inputs
         if reads.images == 1 or table is None:
             return indirect.run(rows, self.packed, epilogue, table, each)
-        out, count = rows.new_empty(reads.outputs, self.packed.shape[0]), len(table)
+        out, count = workspace.empty(reads.outputs, self.packed.shape[0], rows), len(table)
         for image in range(reads.images):
             written = slice(image * count, (image + 1) * count)
             residual = None if epilogue.residual is None else epilogue.residual[written]

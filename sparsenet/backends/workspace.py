@@ -1,0 +1,86 @@
+"""Memory for the results of layers, used again within and between the passes of a frozen model."""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements from which memory is kept. The C library gives blocks of megabytes back to the system when they are freed,
+# and every page of the next one faults. Small blocks it keeps itself.
+LARGE = 1 << 18
+
+_current: ContextVar[Workspace | None] = ContextVar("sparsenet.workspace", default=None)
+
+use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+"""How many tensors hold a storage; without it nothing is kept."""
+
+
+class Workspace:
+    """Blocks of memory, each free again when no tensor but the block's own refers to it.
+
+    What the last pass did not use is given back at its end.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[_Block] = []
+        self._lock = threading.Lock()
+
+    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory for so many elements, (elements,), not initialised."""
+        with self._lock:
+            fitting = [block for block in self._blocks if block.holds(elements, dtype) and block.free()]
+            block = min(fitting, key=lambda block: block.tensor.numel(), default=None)
+            if block is None:
+                block = _Block(elements, dtype)
+                self._blocks.append(block)
+            block.used = True
+            return block.tensor[:elements]
+
+    def trim(self) -> None:
+        """Give back what was not used since the last time."""
+        with self._lock:
+            self._blocks = [block for block in self._blocks if block.used]
+            for block in self._blocks:
+                block.used = not block.free()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+class _Block:
+    def __init__(self, elements: int, dtype: torch.dtype):
+        with torch.inference_mode(False):  # it outlives the pass, whatever mode that runs in
+            self.tensor = torch.empty(elements, dtype=dtype)
+        self.used = True
+        self._storage = self.tensor.untyped_storage()
+        self._alone = use_count(self._storage._cdata)
+
+    def holds(self, elements: int, dtype: torch.dtype) -> bool:
+        return self.tensor.dtype == dtype and elements <= self.tensor.numel() <= 2 * elements
+
+    def free(self) -> bool:
+        return bool(use_count(self._storage._cdata) == self._alone)
+
+
+def empty(rows: int, channels: int, like: Tensor) -> Tensor:
+    """Rows (n, C), not initialised, in the workspace of the current pass if there is one and they are large."""
+    workspace = _current.get()
+    if workspace is None or use_count is None or rows * channels < LARGE:
+        return like.new_empty(rows, channels)
+    return workspace.take(rows * channels, like.dtype).view(rows, channels)
+
+
+def enter(workspace: Workspace) -> Any:
+    """Let the layers of a pass use it; gives what `leave` needs."""
+    return _current.set(workspace)
+
+
+def leave(token: Any) -> None:
+    _current.reset(token)
