@@ -6,14 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import sparsenet
 import ssd_voc
 from data import digits_voc
 from detectors.ssd import ssd300_vgg16_bn
 from evaluation.detector import Evaluation
-from evaluation.speed import fold_batchnorm
+from evaluation.speed import compare_speed
 from evaluation.voc_map import Matches
 from report import Comparison, markdown, thinned
 from storage import save_checkpoint
@@ -67,28 +66,18 @@ def test_presets(monkeypatch):
     assert [args.finetune.factor(step) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("selective", [False, True])
-def test_folded_detector_computes_the_same(selective):
+def test_speed_is_of_frozen_detectors_that_take_turns(monkeypatch):
+    """In milliseconds per image, a value for each pass."""
     torch.manual_seed(0)
-    model = ssd300_vgg16_bn(3, width=0.25).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.running_mean, std=0.1)
-    image = [torch.rand(3, 300, 300)]
-    if selective:
-        model = sparsenet.selectify(model, at="pool2", example_inputs=image)
-    folded = fold_batchnorm(model)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.backbone.modules())
-    mask = torch.rand(1, 20, 20) < 0.3
-    with torch.inference_mode(), sparsenet.use_mask(mask):
-        ours, folds = (heads(m, image[0][None] * 255) for m in (model, folded))
-    for name in ours:
-        torch.testing.assert_close(folds[name], ours[name], rtol=1e-3, atol=1e-3)
-
-
-def heads(model, images):
-    return model.head(list(model.backbone(images).values()))
+    images = [torch.rand(3, 300, 300) for _ in range(3)]
+    dense = ssd300_vgg16_bn(3, width=0.25).eval()
+    selective = sparsenet.selectify(dense, at="pool2", example_inputs=images[:1])
+    given, frozen = [], sparsenet.freeze
+    monkeypatch.setattr(sparsenet, "freeze", lambda model, inputs: given.append(model) or frozen(model, inputs))
+    times = compare_speed({"dense": dense, "selective": selective}, images, batch=2, repeats=2)
+    assert given == [dense, selective]
+    assert {name: len(values) for name, values in times.items()} == {"dense": 2, "selective": 2}
+    assert all(0 < value < 10_000 for values in times.values() for value in values)
 
 
 def test_comparison_of_two_seeds():
