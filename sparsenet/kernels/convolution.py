@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from sparsenet.kernels.activations import ACTIVATIONS
-from sparsenet.kernels.machine import Kernel, lanes, registers
+from sparsenet.kernels.machine import Kernel, Launch, lanes, registers
 
 FIELDS = (
     # Addresses. Scale and shift are padded to whole panels; of zeros and what is outside there is a number for each
@@ -46,9 +45,7 @@ def panel_vectors(outputs: int, dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def product(
-    vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str
-) -> Callable[[Sequence[int]], None]:
+def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str) -> Launch:
     """The kernel of ordinary and grouped convolution.
 
     Weights are packed (groups, panels, taps, channels, vectors · lanes), zero beyond the outputs.
@@ -126,7 +123,7 @@ def product(
 @functools.cache
 def by_channel(
     operation: str, vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str
-) -> Callable[[Sequence[int]], None]:
+) -> Launch:
     """The kernel of what keeps channels apart: depthwise convolution, one output per input channel, and pooling.
 
     Args:

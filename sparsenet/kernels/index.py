@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsenet.kernels.machine import Kernel
+from sparsenet.kernels.machine import Kernel, Launch
 
 
 def sites(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +16,7 @@ def sites(mask: Tensor) -> tuple[Tensor, Tensor]:
     mask = mask.contiguous()
     index = torch.empty(mask.numel(), dtype=torch.int64)
     rank = torch.empty(batch, height + 1, width + 1, dtype=torch.int32)
-    job = _sites()((mask.data_ptr(), index.data_ptr(), rank.data_ptr(), batch, height, width, 0))
+    job = _sites()((mask.data_ptr(), index.data_ptr(), rank.data_ptr(), batch, height, width, 0), 1)
     return index[: job[-1]], rank
 
 
@@ -33,12 +32,12 @@ def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
     result = torch.empty(len(index), taps, dtype=torch.int32)
     plane = rank.shape[1] * rank.shape[2]
     pointers = places.data_ptr(), index.data_ptr(), rank.data_ptr(), result.data_ptr()
-    _table()((*pointers, len(index), taps, pixels, plane))
+    _table()((*pointers, len(index), taps, pixels, plane), 1)
     return result
 
 
 @functools.cache
-def _sites() -> Any:
+def _sites() -> Launch:
     fields = ("mask", "index", "rank", "images", "height", "width", "count")
     kernel = Kernel("sites", fields, torch.float32)
     build, ir = kernel.build, kernel.ir
@@ -73,11 +72,11 @@ def _sites() -> Any:
             build.store(outside, kernel.at(rank, place, build.mul(height, wide), columns.index))
         over_images.following = lines.values
     build.store(total, kernel.place("count"))
-    return kernel.compiled(parallel=False)
+    return kernel.compiled()
 
 
 @functools.cache
-def _table() -> Any:
+def _table() -> Launch:
     fields = ("places", "index", "rank", "table", "sites", "taps", "pixels", "plane")
     kernel = Kernel("table", fields, torch.float32)
     build = kernel.build
@@ -93,4 +92,4 @@ def _table() -> Any:
         with kernel.loop(taps) as over_taps:
             place = build.sext(build.load(kernel.at(reads, over_taps.index)), kernel.index_type)
             build.store(build.load(kernel.at(ranks, place)), kernel.at(target, over_taps.index))
-    return kernel.compiled(parallel=False)
+    return kernel.compiled()

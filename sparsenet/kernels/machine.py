@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+Launch = Callable[[Sequence[int], int], Any]
+"""Runs a kernel: see `Kernel.compiled`."""
+
 
 @functools.cache
 def unsupported() -> str | None:
@@ -249,9 +252,9 @@ class Kernel:
         build.branch(take)
         build.position_at_end(done)
 
-    def compiled(self, parallel: bool = True) -> Callable[[Sequence[int]], Any]:
-        """A function that runs the kernel on a job, on PyTorch's threads or (not `parallel`) on the calling one, and
-        gives the job as the kernel leaves it."""
+    def compiled(self) -> Launch:
+        """A function that runs the kernel on a job, on so many of PyTorch's threads (1: the calling one), and gives the
+        job as the kernel leaves it."""
         llvm = self.llvm
         self.build.ret_void()
         module = llvm.binding.parse_assembly(str(self.module))
@@ -263,28 +266,22 @@ class Kernel:
         llvm.engine.add_module(module)
         llvm.engine.finalize_object()
         llvm.modules.append(module)  # whose memory the code lies in
-        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields), parallel)
+        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields))
 
 
-def _launcher(address: int, length: int, parallel: bool) -> Callable[[Sequence[int]], Any]:
+def _launcher(address: int, length: int) -> Launch:
     job_type = ctypes.c_int64 * length
-    if not parallel:
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-
-        def run(job: Sequence[int]) -> Any:
-            numbers = job_type(*job)
-            function(ctypes.addressof(numbers))
-            return numbers
-
-        return run
-
+    on_this_thread = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     on_threads = ctypes.CDLL(None).GOMP_parallel
     on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     on_threads.restype = None
 
-    def launch(job: Sequence[int]) -> Any:
+    def launch(job: Sequence[int], threads: int) -> Any:
         numbers = job_type(*job)
-        on_threads(address, numbers, torch.get_num_threads(), 0)
+        if threads == 1:
+            on_this_thread(ctypes.addressof(numbers))
+        else:
+            on_threads(address, numbers, threads, 0)
         return numbers
 
     return launch
