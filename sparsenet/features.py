@@ -187,6 +187,7 @@ class Features(torch.Tensor):
         live: bool,
         form: Form,
     ) -> Features:
+        cls = UnguidedFeatures if selection.everything else cls
         shape = form.shape(selection.batch, grid)
         features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
         features._held = value
@@ -253,6 +254,7 @@ class Features(torch.Tensor):
         """Features of the same value that PyTorch calls a copy: a write to one makes the other raise."""
         copy = self.like(self.value, form=form)
         copy._joins(_Memory(self._memory.copies))
+        copy._readers = self._readers
         return copy
 
     def replace(self, value: Tensor, full: bool) -> Features:
@@ -303,6 +305,7 @@ class Features(torch.Tensor):
     def read_by(self, work: Work) -> None:
         """Work that will read the value when it is computed."""
         self._readers.append(ref(work))
+        work.read_from.append(self._readers)
 
     @property
     def _memory(self) -> _Memory:
@@ -451,8 +454,11 @@ class Features(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if len(types) > 1 and Departed in types:
-            args, kwargs = tree_map_only(Departed, Departed.ordinary, (args, kwargs))
+        if len(types) > 1:
+            if Departed in types:
+                args, kwargs = tree_map_only(Departed, Departed.ordinary, (args, kwargs))
+            if UnguidedFeatures in types:
+                args, kwargs = _met(args, kwargs)
         function = RULES.get(func)
         if function is None:
             return leave(func, args, kwargs, "no rule for this operation")
@@ -488,7 +494,7 @@ class MaskedFeatures(Features):
     """The unmasked dense map and its selection: see the module's text."""
 
     def _of_result(self, rows: Tensor) -> Tensor:
-        return rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
+        return rows.view(self.selection.batch, *self.grid, rows.shape[1]).permute(0, 3, 1, 2)
 
     def restricted(self) -> Tensor:
         return self.value
@@ -510,8 +516,6 @@ class MaskedFeatures(Features):
         """Zero at inactive pixels: made once per tensor. Multiplying here, and not after every operation, leaves the
         mask a gradient at inactive pixels, so that pixels once switched off can return."""
         value, recording = self.value, torch.is_grad_enabled()
-        if self.selection.everything:
-            return value
         if self._read is None or self._read[:2] != (recording, self._writes):
             with kept_from_checkpoints():
                 gate = self.gate
@@ -532,6 +536,14 @@ class MaskedFeatures(Features):
             return self.value
         self.note_reading(reader)
         return self._masked()
+
+
+class UnguidedFeatures(MaskedFeatures):
+    """What a frozen network computes without a mask, before the stage or behind an exit: an ordinary map to whatever
+    guided features it meets."""
+
+    def _masked(self) -> Tensor:
+        return self.value
 
 
 class SparseFeatures(Features):
@@ -636,13 +648,24 @@ def enter(dense: Tensor, selection: Selection) -> Features:
 
 def ordinary(features: Tensor) -> Tensor:
     """What a frozen network computes without a mask, as the ordinary map that it is, in channels-last memory."""
-    return features.value if isinstance(features, Features) and features.selection.everything else features
+    return features.value if isinstance(features, UnguidedFeatures) else features
 
 
 def _requires_grad(features: Features) -> bool:
     """Whether the wrapper itself, not its value, is in the autograd graph."""
     with torch._C.DisableTorchFunctionSubclass():
         return features.requires_grad
+
+
+def _met(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a function that met guided features and unguided ones, which become ordinary maps: the first
+    argument one that may be written to."""
+    first = args[0] if args else None
+
+    def presented(part: UnguidedFeatures) -> Tensor:
+        return part.form.present(part.writable() if part is first else part.value)
+
+    return tree_map_only(UnguidedFeatures, presented, (args, kwargs))
 
 
 # -- leaving the region ----------------------------------------------------------------------------------------

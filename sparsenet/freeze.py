@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,12 +55,26 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
     check_model(model, inplace=False)
     if backends.check(backend) == "reference":
         raise ValueError("the reference backend is not frozen: run the model as it is, inside use_backend('reference')")
-    if any(isinstance(module, FrozenConv2d | FrozenLinear) for module in model.modules()):
-        raise ValueError("the model is frozen already: freeze the model that it was made from")
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.inference_mode(False):  # what is kept must notice writes, which tensors of that mode do not count
+        return _frozen(copy.deepcopy(model), tree_map_only(Tensor, _counted, example_inputs), backend)
+
+
+def _counted(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> nn.Module:
+    """The model itself, frozen."""
+    frozen = model.eval().requires_grad_(False)
+    selector = getattr(frozen, "selector", None)
+    if isinstance(selector, Selector):
+        backend = selector.options.backend if backend == "auto" else backend
+        selector.options = replace(selector.options, backend="auto")
     measurements = choice.of_this_machine()
     layers = list(_replaced(frozen, backend, measurements))
     memory = Workspace()
+    frozen.register_load_state_dict_pre_hook(refuse_weights)
+    frozen._apply = Conversion(frozen, [layer.dtype for layer in layers])  # type: ignore[method-assign]
     frozen.register_forward_pre_hook(FrozenBeginHook(memory), prepend=True)
     frozen.register_forward_hook(FrozenEndHook(memory), always_call=True)
     with quietly(frozen):
@@ -129,10 +143,39 @@ def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list
     if weight.dtype is torch.float32 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
         everything.append("dense")
     guided = [*kernels, "rows"]
-    if backend != "auto":
-        name, _ = backends.choose(backend, weight, conv.groups)
+    own = getattr(conv, "backend", "auto")
+    asked = backend if own == "auto" else own
+    if asked not in ("auto", "reference"):
+        name, _ = backends.choose(asked, weight, conv.groups)
         guided = [name]
     return {"guided": guided, "everything": everything or ["rows"]}
+
+
+def refuse_weights(module: nn.Module, *args: Any) -> None:
+    """Before a frozen root loads weights."""
+    raise RuntimeError(
+        "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
+    )
+
+
+@dataclass(eq=False)
+class Conversion:
+    """In place of a frozen root's `_apply`, by which `.half()` and `.to()` change tensors: it refuses before anything
+    is changed."""
+
+    module: nn.Module
+    dtypes: list[torch.dtype]
+
+    def __call__(self, function: Any, recurse: bool = True) -> nn.Module:
+        for dtype in set(self.dtypes):
+            weight = torch.empty(0, dtype=dtype)
+            changed = function(weight)
+            if (changed.dtype, changed.device) != (weight.dtype, weight.device):
+                raise RuntimeError(
+                    f"a frozen model cannot become {changed.dtype} on {changed.device}, because its weights are packed "
+                    f"for {weight.dtype} on {weight.device}: convert the model before sparsenet.freeze"
+                )
+        return type(self.module)._apply(self.module, function, recurse)
 
 
 @dataclass(eq=False)
@@ -152,10 +195,11 @@ class FrozenEndHook:
     memory: Workspace
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        output = tree_map_only(Features, _ordinary, output)
-        end_pass()
-        self.memory.trim()
-        return output
+        try:
+            return tree_map_only(Features, _ordinary, output)
+        finally:
+            end_pass()
+            self.memory.trim()
 
 
 def _ordinary(part: Features) -> Tensor:

@@ -13,6 +13,9 @@ from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way
 
+# Normalisations and factors that a layer remembers.
+MOST_EPILOGUES = 16
+
 
 class FrozenLayer:
     """The weights of a layer, packed for the ways that compute it: one where a mask guides it, and one where all pixels
@@ -46,7 +49,7 @@ class FrozenLayer:
         self._original: Tensor | None = weight
         self._ways: dict[str, Way] = {}
         self._chosen: dict[str, Way] = {}
-        self._normalised: dict[Any, tuple[list[int], list[Tensor], Epilogue | None]] = {}
+        self._epilogues: dict[Any, tuple[list[int], list[Tensor], Epilogue | None]] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -104,29 +107,44 @@ class FrozenLayer:
         return next((way for way in self._chosen.values() if way.name in names), None) or self._way(names[0])
 
     def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
-        """With batch normalisation by running statistics as the next step. Kept for the next pass, until one of its
-        tensors is written to."""
-        if not epilogue.scales:
-            return None
-        tensors = [part for part in (*norm[:4], epilogue.scale, epilogue.shift) if part is not None]
-        key = (norm.eps, *(id(part) for part in tensors))
-        versions = [0 if part.is_inference() else part._version for part in tensors]
-        known = self._normalised.get(key)
-        if known is None or known[0] != versions:
+        """With batch normalisation by running statistics as the next step."""
+
+        def made() -> Epilogue | None:
             scale = torch.rsqrt(norm.var.double() + norm.eps)
             scale = scale if norm.weight is None else scale * norm.weight.double()
-            shift = (
-                -norm.mean.double() * scale if norm.bias is None else norm.bias.double() - norm.mean.double() * scale
-            )
+            shift = -norm.mean.double() * scale
+            shift = shift if norm.bias is None else shift + norm.bias.double()
+            return epilogue.scaled(scale.to(norm.mean.dtype), shift.to(norm.mean.dtype))
+
+        return self._kept(epilogue, norm[:4], norm.eps, made)
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> Epilogue | None:
+        """With a factor for each channel as the next step; `cells` is a view of it."""
+        return self._kept(epilogue, (factor,), 0.0, lambda: epilogue.scaled(cells.flatten(), None))
+
+    def _kept(
+        self, epilogue: Epilogue, parts: tuple[Tensor | None, ...], number: float, made: Callable[[], Epilogue | None]
+    ) -> Epilogue | None:
+        """An epilogue that hangs on these tensors, kept for the next pass, until one of them is written to."""
+        if not epilogue.scales:
+            return None
+        tensors = [part for part in (*parts, epilogue.scale, epilogue.shift) if part is not None]
+        if any(part.is_inference() for part in tensors):  # whose writes are not counted
+            return made()
+        key = (number, *(id(part) for part in tensors))
+        versions = [part._version for part in tensors]
+        known = self._epilogues.get(key)
+        if known is None or known[0] != versions:
+            if len(self._epilogues) >= MOST_EPILOGUES:  # of tensors that are new in every pass
+                self._epilogues.clear()
             # The tensors are kept too, so that no other can have their identity.
-            known = versions, tensors, epilogue.scaled(scale.to(norm.mean.dtype), shift.to(norm.mean.dtype))
-            self._normalised[key] = known
+            known = self._epilogues[key] = (versions, tensors, made())
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is packed for this machine."""
         chosen = {kind: [name] for kind, name in self.chosen.items()}
-        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_normalised": {}, "_measurements": None}
+        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_epilogues": {}, "_measurements": None}
         return self.__dict__ | dropped | {"_original": self.weight, "_candidates": chosen or self._candidates}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

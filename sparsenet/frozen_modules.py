@@ -62,6 +62,7 @@ def everything(batch: int, device: torch.device) -> Everything | None:
 class _Frozen(nn.Module):
     """A layer whose `weight` is kept packed only. In its `state_dict`, and when pickled, it is as it was."""
 
+    frozen = True
     layer: FrozenLayer
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -72,16 +73,6 @@ class _Frozen(nn.Module):
         raise RuntimeError(
             "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
         )
-
-    def _apply(self, function: Any, recurse: bool = True) -> Any:
-        weight = torch.empty(0, dtype=self.layer.dtype)
-        changed = function(weight)
-        if (changed.dtype, changed.device) != (weight.dtype, weight.device):
-            raise RuntimeError(
-                f"a frozen model cannot become {changed.dtype} on {changed.device}, because its weights are packed for "
-                f"{weight.dtype} on {weight.device}: convert the model before sparsenet.freeze"
-            )
-        return super()._apply(function, recurse)
 
     def _takes(self, input: Tensor) -> bool:
         """Whether packed weights can multiply an ordinary tensor, as far as its kind tells.
@@ -130,7 +121,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         batch, channels, *size = x.shape
         grid = (size[0], size[1])
         if grid == (1, 1) == self.kernel_size and self.padding == (0, 0):
-            reads = Reads(x.reshape(batch, channels), None, batch, 1, grid, grid, True)
+            reads = Reads(x.reshape(batch, channels).contiguous(), None, batch, 1, grid, grid, True)
+            _count("conv2d", batch * self.in_channels // self.groups * self.out_channels)
             return self.layer.run(reads, Epilogue(shift=self.bias))[:, :, None, None]
         selection = everything(batch, x.device)
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
@@ -141,7 +133,9 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
 
     def _guided(self, x: Features) -> Tensor:
         selection = x.selection
-        if not selection.everything and (selection.options.backend != "auto" or isinstance(x, MaskedFeatures)):
+        asked = selection.options.backend != "auto" or isinstance(x, MaskedFeatures)
+        unfit = x.dtype != self.layer.dtype or x.form.channels != (self.in_channels,)
+        if unfit or (asked and not selection.everything):
             return masked_conv2d(
                 x,
                 self.weight,
@@ -210,13 +204,15 @@ class FrozenLinear(_Frozen, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features):
             form, kept = input.form, input.selection.everything or isinstance(input, SparseFeatures)
-            if kept and form.order[-1] == "C" and form.channels == (self.in_features,) and form.padding is None:
+            fits = input.dtype == self.layer.dtype and form.channels == (self.in_features,) and form.padding is None
+            if fits and kept and form.order[-1] == "C":
                 return self._guided(input)
             return F.linear(input, self.weight, self.bias)
         if not self._takes(input) or input.shape[-1:] != (self.in_features,):
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
         reads = Reads(rows.contiguous(), None, len(rows), 1, (1, 1), (1, 1), True)
+        _count("linear", len(rows) * self.in_features * self.out_features)
         return self.layer.run(reads, Epilogue(shift=self.bias)).view(*input.shape[:-1], self.out_features)
 
     def _guided(self, x: Features) -> Features:
@@ -228,6 +224,12 @@ class FrozenLinear(_Frozen, nn.Linear):
             selection.report(work_report("linear", work, x.grid, self.in_features * self.out_features))
         form = x.form.with_channels([self.out_features])
         return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=form)
+
+
+def _count(name: str, macs: int) -> None:
+    """Tell observers of a layer that ordinary vectors run through."""
+    for observer in context.current().observers:
+        observer.operation(Operation(name, "dense", (1, 1), macs, macs))
 
 
 def work_report(name: str, work: Work, out_grid: Pair, per_site: int) -> Operation:

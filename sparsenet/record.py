@@ -79,7 +79,7 @@ class Record:
     def operation(self, operation: Operation) -> None:
         if self._running:
             self.operations.append(operation)
-            self._add(operation.macs, operation.dense_macs)
+            self._add(operation.macs, 0 if self._selecting else operation.dense_macs)
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

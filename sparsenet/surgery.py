@@ -137,6 +137,7 @@ def densify(model: nn.Module) -> nn.Module:
     from sparsenet import adapters
 
     selector = selector_of(model)
+    check_model(model, inplace=False)
     adapters.find(model).detach(model)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -181,6 +182,8 @@ def plan(model: nn.Module) -> Plan:
 
 def check_model(model: nn.Module, inplace: bool) -> None:
     """Raise for a model that no dry run can be made of, or none that leaves no trace."""
+    if any(getattr(module, "frozen", False) is True for module in model.modules()):
+        raise ValueError("the model is frozen already: take the model that sparsenet.freeze was given")
     if hasattr(model, "_orig_mod"):  # asked for by name, because torch._dynamo takes seconds to import
         raise ValueError(
             "the model is compiled: select first, and compile then, by "

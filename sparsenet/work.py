@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Layer(Protocol):
     def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
         """An epilogue with normalisation as its next step, or `None`."""
 
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> Epilogue | None:
+        """An epilogue with a factor for each channel as its next step, or `None`; `cells` is a view of it."""
+
 
 class Work:
     """A layer, what it reads, and its epilogue so far.
@@ -40,6 +44,10 @@ class Work:
     It is computed when first read. Each step that follows (normalisation, activation, residual) makes another piece of
     work of the same sums: where a result is read both by a step and by something else, it would be computed twice, so
     that the layer remembers to stop there from the next pass on.
+
+    Attributes:
+        read_from: for each map that it reads, the list of work that has yet to read it, which must be computed before
+            the map is written to.
     """
 
     def __init__(self, layer: Layer, selection: Selection, reads: Reads, epilogue: Epilogue, steps: int = 0):
@@ -48,6 +56,7 @@ class Work:
         self.reads = reads
         self.epilogue = epilogue
         self.steps = steps
+        self.read_from: list[list[ref[Work]]] = []
         self._continued = False
         self._result: Tensor | None = None
 
@@ -63,8 +72,14 @@ class Work:
         """With one step more, or `None` where that is not to be part of it."""
         if epilogue is None or self._result is not None or self.steps in self.layer.breaks:
             return None
+        if self._continued:
+            self.layer.breaks.add(self.steps)
         self._continued = True
-        return Work(self.layer, self.selection, self.reads, epilogue, self.steps + 1)
+        following = Work(self.layer, self.selection, self.reads, epilogue, self.steps + 1)
+        for readers in self.read_from:
+            readers.append(ref(following))
+        following.read_from = list(self.read_from)
+        return following
 
     def result(self) -> Tensor:
         """Rows (n_out, O)."""

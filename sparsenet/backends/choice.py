@@ -29,12 +29,7 @@ class Measurements:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.known: dict[str, dict[str, float]] = {}
-        if path is not None:
-            try:
-                self.known = json.loads(path.read_text())
-            except (OSError, ValueError):
-                self.known = {}
+        self.known = {} if path is None else _read(path)
         self._new = False
 
     def of(self, layer: str, ways: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
@@ -54,9 +49,26 @@ class Measurements:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(self.known, indent=1))
-            partial.replace(self.path)
         except OSError:
             return
+        try:
+            partial.replace(self.path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What a file remembers, of the right kind only."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    layers = found.items() if isinstance(found, dict) else ()
+    return {
+        layer: ways
+        for layer, ways in layers
+        if isinstance(ways, dict) and all(isinstance(ms, float | int) for ms in ways.values())
+    }
 
 
 def of_this_machine() -> Measurements:

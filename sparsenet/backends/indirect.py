@@ -197,6 +197,7 @@ def _launch(
     threads = torch.get_num_threads() if sites * work * (panels // together) > ALONE else 1
     share = min(PIECE // work, -(-sites // (2 * threads)))
     length = rows.shape[1] + width
+    nothing, beyond = _constant(length, 0.0, rows.dtype), _constant(length, outside, rows.dtype)  # held while it runs
     kernel(
         (
             rows.data_ptr(),
@@ -206,8 +207,8 @@ def _launch(
             shift.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
-            _constant(length, 0.0, rows.dtype).data_ptr(),
-            _constant(length, outside, rows.dtype).data_ptr(),
+            nothing.data_ptr(),
+            beyond.data_ptr(),
             sites,
             taps,
             channels,

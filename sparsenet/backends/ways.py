@@ -111,10 +111,18 @@ class OnRows:
         return self._weight
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        rows, kernel_map = reads.rows[: reads.inputs], None
-        if reads.table is not None:
-            rows, kernel_map = F.pad(rows, (0, 0, 0, 2)), KernelMap(reads.table, reads.inputs)
-        return epilogue.of(backends.convolve(self.name, rows, self._weight, None, self.groups, kernel_map))
+        rows, table, each = reads.rows, reads.table, reads.inputs
+        if table is None:
+            parts = [self._sums(rows[:each], None)]
+        else:
+            kernel_map = KernelMap(table, each)
+            images = [rows[image * each : (image + 1) * each] for image in range(reads.images)]
+            parts = [self._sums(F.pad(image, (0, 0, 0, 2)), kernel_map) for image in images]
+        sums = parts[0] if len(parts) == 1 else torch.cat([rows.new_empty(0, len(self._weight)), *parts])
+        return epilogue.of(sums.contiguous())
+
+    def _sums(self, rows: Tensor, kernel_map: KernelMap | None) -> Tensor:
+        return backends.convolve(self.name, rows, self._weight, None, self.groups, kernel_map)
 
 
 class Dense:
@@ -132,7 +140,7 @@ class Dense:
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         batch = reads.rows.shape[0] // (reads.grid[0] * reads.grid[1])
-        x = reads.rows.view(batch, *reads.grid, -1).permute(0, 3, 1, 2)
+        x = reads.rows.view(batch, *reads.grid, reads.rows.shape[1]).permute(0, 3, 1, 2)
         rest = epilogue._replace(scale=None, shift=None)
         fused: tuple[str, list[float]] = ("none", [])
         if epilogue.residual is None and epilogue.activation == "clamp" and epilogue.low == 0:
@@ -155,13 +163,14 @@ class Dense:
     def _weights(self, scale: Tensor | None, x: Tensor) -> Tensor:
         """Scaled and packed for a size; that of the last pass is kept."""
         size = (x.shape[2], x.shape[3])
-        if self._packed is None or self._packed[0] is not scale or self._packed[1] != size:
+        kept = self._packed  # read once, because other threads may replace it
+        if kept is None or kept[0] is not scale or kept[1] != size:
             weight = self._weight if scale is None else self._weight * scale[:, None, None, None]
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
             spec = self.spec
             packed = reorder(weight, spec.padding, spec.stride, spec.dilation, spec.groups, list(x.shape))
-            self._packed = (scale, size, packed)
-        return self._packed[2]
+            kept = self._packed = (scale, size, packed)
+        return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}

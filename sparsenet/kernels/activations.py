@@ -32,6 +32,12 @@ def _exp(kernel: Kernel, value: Any) -> Any:
     return build.bitcast(build.add(build.bitcast(result, kernel.bits), exponent), kernel.vector)
 
 
+def _at_least(kernel: Kernel, value: Any, low: float) -> Any:
+    """Numbers far below zero, where an activation is 0 to rounding and its approximation ends, as the last one before."""
+    bound = kernel.constant(low)
+    return kernel.build.select(kernel.build.fcmp_ordered("<", value, bound), bound, value)
+
+
 def _clamp(kernel: Kernel, value: Any, low: Any, high: Any) -> Any:
     return kernel.clamp(value, low, high)
 
@@ -47,8 +53,9 @@ def _sigmoid(kernel: Kernel, value: Any, *_: Any) -> Any:
 
 
 def _silu(kernel: Kernel, value: Any, *_: Any) -> Any:
-    below = kernel.build.fadd(kernel.constant(1.0), _exp(kernel, kernel.build.fneg(value)))
-    return kernel.build.fdiv(value, below)
+    build = kernel.build
+    below = build.fadd(kernel.constant(1.0), _exp(kernel, build.fneg(value)))
+    return build.fdiv(_at_least(kernel, value, -88.0), below)
 
 
 def _hardswish(kernel: Kernel, value: Any, *_: Any) -> Any:
@@ -61,7 +68,8 @@ def _gelu_tanh(kernel: Kernel, value: Any, *_: Any) -> Any:
     build, doubled = kernel.build, 2 * math.sqrt(2 / math.pi)
     square = build.fmul(value, value)
     inner = kernel.fma(square, kernel.constant(0.044715 * doubled), kernel.constant(doubled))
-    return build.fdiv(value, build.fadd(kernel.constant(1.0), _exp(kernel, build.fneg(build.fmul(inner, value)))))
+    below = build.fadd(kernel.constant(1.0), _exp(kernel, build.fneg(build.fmul(inner, value))))
+    return build.fdiv(_at_least(kernel, value, -88.0), below)
 
 
 _ERF_BOUND = 3.9  # beyond, erf is 1 to half a unit in float32's last place
@@ -86,7 +94,7 @@ def _gelu(kernel: Kernel, value: Any, *_: Any) -> Any:
     inner = kernel.clamp(inner, kernel.constant(-_ERF_BOUND), bound)
     place = kernel.fma(build.fmul(inner, inner), kernel.constant(2 / _ERF_BOUND**2), kernel.constant(-1.0))
     erf = build.fmul(inner, kernel.polynomial(place, _erf_coefficients()))
-    half = build.fmul(value, kernel.constant(0.5))
+    half = build.fmul(_at_least(kernel, value, -_ERF_BOUND * math.sqrt(2)), kernel.constant(0.5))
     return kernel.fma(half, erf, half)
 
 

@@ -41,10 +41,8 @@ def common(parts: list[Any]) -> tuple[Features, bool]:
         Leaves: when two belong to different selections, sizes or forms, or a tensor is larger than the map.
     """
     guided = [part for part in parts if isinstance(part, Features)]
-    first = next((part for part in guided if not part.selection.everything), guided[0])
+    first = guided[0]
     for part in guided:
-        if part.selection.everything and part.selection is not first.selection and part.form.plain:
-            continue  # from before the stage: an ordinary map
         if part.form.padding is not None:
             raise Leaves(part.form.description)
         if part.selection is not first.selection:
@@ -56,13 +54,13 @@ def common(parts: list[Any]) -> tuple[Features, bool]:
     order = first.form.order
     lengths = {"N": first.selection.batch, "H": first.grid[0], "W": first.grid[1]}
     for part in parts:
-        if isinstance(part, Tensor) and not (isinstance(part, Features) and part.selection is first.selection):
+        if isinstance(part, Tensor) and not isinstance(part, Features):
             if part.dim() > len(order):
                 raise Leaves("meets a tensor of more dimensions")
             for letter, length in zip(order[len(order) - part.dim() :], part.shape, strict=True):
                 if letter != "C" and length not in (1, lengths[letter]):
                     raise Leaves(f"meets a tensor of another {'batch size' if letter == 'N' else 'size'}")
-    return first, all(part.full for part in guided if part.selection is first.selection)
+    return first, all(part.full for part in guided)
 
 
 def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
@@ -70,10 +68,10 @@ def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
     first, full = common(parts)
     cells = []
     for part in parts:
-        if isinstance(part, Features) and part.selection is first.selection:
+        if isinstance(part, Features):
             cells.append(part.cells(part.value if full else part.restricted()))
         elif isinstance(part, Tensor):
-            cells.append(first.operand(part.whole() if isinstance(part, Features) else part, full))
+            cells.append(first.operand(part, full))
         else:
             cells.append(part)
     return first, full, cells
@@ -81,7 +79,7 @@ def aligned(parts: list[Any]) -> tuple[Features, bool, list[Any]]:
 
 def made(first: Features, cells: Tensor, full: bool, parts: list[Any]) -> Features:
     """Features of cells that were combined of `parts`."""
-    live = any(part._live for part in parts if isinstance(part, Features) and part.selection is first.selection)
+    live = any(part._live for part in parts if isinstance(part, Features))
     form = first.form.with_channels(cells.shape[1:-2])
     return type(first).make(first.packed(cells), first.selection, first.grid, full=full, live=live, form=form)
 
@@ -139,11 +137,11 @@ def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | 
 def _with_residual(layer: Features, other: Tensor) -> Features | None:
     if not isinstance(other, Features) or (other.form, other.grid) != (layer.form, layer.grid):
         return None
-    if other.selection is not layer.selection:
+    if other.selection is not layer.selection or other.dtype != layer.dtype:
         return None
     if layer.full and not other.full:
         return None
-    residual = as_rows(other.value if layer.full else other.restricted())
+    residual = as_rows(other.value if layer.full else other.restricted()).contiguous()  # as the kernels read it
     following = layer.then(lambda epilogue: epilogue.plus(residual))
     if following is not None and following._work is not None:
         other.read_by(following._work)
@@ -157,8 +155,8 @@ def _with_scale(layer: Features, other: Tensor) -> Features | None:
     cells = form.cells(other[(None,) * (len(form.order) - other.dim())])
     if cells.shape[1] != form.channels[0] or other.dtype != layer.dtype or other.requires_grad:
         return None
-    scale = cells.flatten()
-    return layer.then(lambda epilogue: epilogue.scaled(scale, None))
+    work = layer._work
+    return None if work is None else layer.then(lambda epilogue: work.layer.scaled(epilogue, other, cells))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, any_form=True)

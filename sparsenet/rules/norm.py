@@ -63,7 +63,7 @@ def continued(
 ) -> Features | None:
     """Normalisation by running statistics as part of the work that a layer has yet to do, if it can be."""
     work = x._work
-    if work is None or mean is None or var is None:
+    if work is None or mean is None or var is None or not x.form.plain or len(mean) != work.outputs:
         return None
     norm = Norm(mean, var, weight, bias, eps)
     return x.then(lambda epilogue: work.layer.normalised(epilogue, norm))

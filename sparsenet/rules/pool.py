@@ -78,7 +78,7 @@ class _Pooling:
         """The maximum over a map of a frozen network that no mask guides, or `None` if no kernel computes it."""
         x = self.x
         rows = as_rows(x.value)
-        if not x.selection.everything or not _by_kernel(rows):
+        if not x.selection.everything or not _by_kernel(rows) or not len(rows):
             return None
         table, each = dense_table(x.grid, self.window, self.out_grid, rows.device), x.grid[0] * x.grid[1]
         images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
