@@ -457,7 +457,7 @@ class Features(torch.Tensor):
         if len(types) > 1:
             if Departed in types:
                 args, kwargs = tree_map_only(Departed, Departed.ordinary, (args, kwargs))
-            if UnguidedFeatures in types:
+            if UnguidedFeatures in types and (SparseFeatures in types or MaskedFeatures in types):
                 args, kwargs = _met(args, kwargs)
         function = RULES.get(func)
         if function is None:

@@ -4,8 +4,10 @@ work waits for what follows it, and normalisations and activations that become p
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -87,6 +89,18 @@ class _Frozen(nn.Module):
             )
         return input.dtype == self.layer.dtype and input.device.type == "cpu"
 
+    def _run(self, name: str, reads: Reads) -> Tensor:
+        """What the layer makes of ordinary vectors, which wait for nothing."""
+        bias: Any = self.bias
+        with ExitStack() as uncounted:
+            for observer in context.current().observers:
+                uncounted.enter_context(observer.uncounted())
+            result = self.layer.run(reads, Epilogue(shift=bias))
+        macs = reads.outputs * prod(self.layer.shape)
+        for observer in context.current().observers:
+            observer.operation(Operation(name, "dense", (1, 1), macs, macs))
+        return result
+
 
 class FrozenConv2d(_Frozen, nn.Conv2d):
     """A convolution of packed weights, guided or not. Made by `freeze`, which changes its class and drops `weight`."""
@@ -122,8 +136,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         grid = (size[0], size[1])
         if grid == (1, 1) == self.kernel_size and self.padding == (0, 0):
             reads = Reads(x.reshape(batch, channels).contiguous(), None, batch, 1, grid, grid, True)
-            _count("conv2d", batch * self.in_channels // self.groups * self.out_channels)
-            return self.layer.run(reads, Epilogue(shift=self.bias))[:, :, None, None]
+            return self._run("conv2d", reads)[:, :, None, None]
         selection = everything(batch, x.device)
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
         value = x.to(memory_format=torch.channels_last, copy=True)
@@ -212,8 +225,7 @@ class FrozenLinear(_Frozen, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
         reads = Reads(rows.contiguous(), None, len(rows), 1, (1, 1), (1, 1), True)
-        _count("linear", len(rows) * self.in_features * self.out_features)
-        return self.layer.run(reads, Epilogue(shift=self.bias)).view(*input.shape[:-1], self.out_features)
+        return self._run("linear", reads).view(*input.shape[:-1], self.out_features)
 
     def _guided(self, x: Features) -> Features:
         rows, selection = x.computed(), x.selection
@@ -224,12 +236,6 @@ class FrozenLinear(_Frozen, nn.Linear):
             selection.report(work_report("linear", work, x.grid, self.in_features * self.out_features))
         form = x.form.with_channels([self.out_features])
         return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=form)
-
-
-def _count(name: str, macs: int) -> None:
-    """Tell observers of a layer that ordinary vectors run through."""
-    for observer in context.current().observers:
-        observer.operation(Operation(name, "dense", (1, 1), macs, macs))
 
 
 def work_report(name: str, work: Work, out_grid: Pair, per_site: int) -> Operation:

@@ -33,7 +33,7 @@ def _exp(kernel: Kernel, value: Any) -> Any:
 
 
 def _at_least(kernel: Kernel, value: Any, low: float) -> Any:
-    """Numbers far below zero, where an activation is 0 to rounding and its approximation ends, as the last one before."""
+    """Numbers far below zero, where an activation is 0 to rounding and its approximation ends."""
     bound = kernel.constant(low)
     return kernel.build.select(kernel.build.fcmp_ordered("<", value, bound), bound, value)
 
