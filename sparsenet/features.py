@@ -685,7 +685,8 @@ def leave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str)
     if _writes_to_features(func, args, kwargs):
         if not isinstance(args[0], Features) or not args[0].selection.everything or not args[0].form.plain:
             raise RuntimeError(in_place_message(name))
-        args = (args[0].writable(), *args[1:])  # an ordinary map, and its memory is what the features hold
+        written, args = args[0], (args[0].writable(), *args[1:])  # an ordinary map, in the features' own memory
+        written._memory.written()
         leaving = leaving[1:]
         if not leaving:
             return func(*args, **kwargs)

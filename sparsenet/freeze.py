@@ -60,6 +60,7 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
 
 
 def _counted(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that counts what is written to it."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -75,7 +76,7 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> nn.Module:
     memory = Workspace()
     frozen.register_load_state_dict_pre_hook(refuse_weights)
     frozen._apply = Conversion(frozen, [layer.dtype for layer in layers])  # type: ignore[method-assign]
-    frozen.register_forward_pre_hook(FrozenBeginHook(memory), prepend=True)
+    frozen.register_forward_pre_hook(FrozenBeginHook(memory), prepend=True, with_kwargs=True)
     frozen.register_forward_hook(FrozenEndHook(memory), always_call=True)
     with quietly(frozen):
         for setting in _settings(frozen):
@@ -184,8 +185,9 @@ class FrozenBeginHook:
 
     memory: Workspace
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         begin_pass(self.memory)
+        return tree_map_only(Tensor, _counted, (args, kwargs))
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ from sparsenet.work import Work
 class _Pass:
     """One call of a frozen model."""
 
-    memory: Any
+    setting: ExitStack
     selections: dict[int, Everything]
 
 
@@ -40,14 +40,22 @@ _passes: ContextVar[tuple[_Pass, ...]] = ContextVar("sparsenet.frozen", default=
 
 
 def begin_pass(memory: Workspace) -> None:
-    """A frozen model is called, maybe inside another one."""
-    _passes.set((*_passes.get(), _Pass(workspace.enter(memory), {})))
+    """A frozen model is called, maybe inside another one.
+
+    It runs outside of inference mode, whose tensors count no writes: one to a view of what has left would be lost.
+    """
+    setting = ExitStack()
+    if torch.is_inference_mode_enabled():
+        setting.enter_context(torch.inference_mode(False))
+        setting.enter_context(torch.no_grad())
+    setting.enter_context(workspace.used(memory))
+    _passes.set((*_passes.get(), _Pass(setting, {})))
 
 
 def end_pass() -> None:
     *outer, last = _passes.get()
-    workspace.leave(last.memory)
     _passes.set(tuple(outer))
+    last.setting.close()
 
 
 def everything(batch: int, device: torch.device) -> Everything | None:

@@ -1393,12 +1393,12 @@ def test_nothing_piles_up_from_pass_to_pass() -> None:
     frozen: Any = freeze(model, X)
     with torch.no_grad():
         sizes = []
-        for _ in range(6):
+        for _ in range(40):
             frozen(X)
             layers = (frozen.a.layer, frozen.b.layer)
             kept = [value for layer in layers for value in vars(layer).values() if isinstance(value, dict | list | set)]
             sizes.append(sum(map(len, kept)))
-    assert sizes[-1] == sizes[2]
+    assert max(sizes[20:]) <= max(sizes[:20])
 
 
 # -- detectors ---------------------------------------------------------------------------------------------------

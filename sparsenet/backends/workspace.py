@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,8 +58,7 @@ class Workspace:
 
 class _Block:
     def __init__(self, elements: int, dtype: torch.dtype):
-        with torch.inference_mode(False):  # it outlives the pass, whatever mode that runs in
-            self.tensor = torch.empty(elements, dtype=dtype)
+        self.tensor = torch.empty(elements, dtype=dtype)
         self.used = True
         self._storage = self.tensor.untyped_storage()
         self._alone = use_count(self._storage._cdata)
@@ -77,10 +78,11 @@ def empty(rows: int, channels: int, like: Tensor) -> Tensor:
     return workspace.take(rows * channels, like.dtype).view(rows, channels)
 
 
-def enter(workspace: Workspace) -> Any:
-    """Let the layers of a pass use it; gives what `leave` needs."""
-    return _current.set(workspace)
-
-
-def leave(token: Any) -> None:
-    _current.reset(token)
+@contextmanager
+def used(workspace: Workspace) -> Iterator[None]:
+    """Let the layers that run inside take their memory from a workspace."""
+    token = _current.set(workspace)
+    try:
+        yield
+    finally:
+        _current.reset(token)
