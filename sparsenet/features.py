@@ -115,15 +115,16 @@ class Features(torch.Tensor):
     grid: Pair
     form: Form
     _held: Tensor | None  # the value, if it is made
-    _rows: Tensor | None  # a layer's rows, of which the value can be made
-    _work: Work | None  # what computes it, in a frozen model
-    _passage: _Passage | None
+    # Most features need none of these, and a frozen network makes hundreds of features in a pass.
+    _rows: Tensor | None = None  # a layer's rows, of which the value can be made
+    _work: Work | None = None  # what computes it, in a frozen model
+    _passage: _Passage | None = None
     _live: bool
-    _tied: bool  # in the graph by its mask only, not by its value
-    _read: tuple[bool, int, Tensor] | None
+    _tied: bool = False  # in the graph by its mask only, not by its value
+    _read: tuple[bool, int, Tensor] | None = None
     _lent: list[tuple[Tensor, int]]
     _readers: list[ref[Work]]  # work that has yet to read the value; one list for all views
-    _shared: _Memory | None
+    _shared: _Memory | None = None
 
     # -- what rules and models ask most, without the way through PyTorch's dispatch ------------------------------
 
@@ -191,20 +192,14 @@ class Features(torch.Tensor):
         shape = form.shape(selection.batch, grid)
         features: Features = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
         features._held = value
-        features._rows = None
-        features._work = None
         features.selection = selection
         features.grid = grid
         features.form = form
         features.full = full
         features.fill = fill
         features._live = live
-        features._passage = None
-        features._tied = False
-        features._read = None
         features._lent = []
         features._readers = []
-        features._shared = None  # most features have no views: a frozen network makes hundreds in a pass
         return features
 
     @classmethod

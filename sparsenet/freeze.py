@@ -19,7 +19,7 @@ from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Features
 from sparsenet.frozen_layer import FrozenLayer
-from sparsenet.frozen_modules import FOLLOWERS, FrozenConv2d, FrozenLinear, begin_pass, end_pass
+from sparsenet.frozen_modules import FOLLOWERS, FrozenConv2d, FrozenLinear, FusedForward, begin_pass, end_pass
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.masks import blobs
 from sparsenet.regions import Everywhere, Frame, Regions
@@ -113,7 +113,9 @@ def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Ite
     """Put frozen modules in place of those that can be, and give their layers."""
     for path, module in model.named_modules():
         kind = type(module)
-        if kind in FOLLOWERS:
+        if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+            module.forward = FusedForward(module)  # type: ignore[method-assign]
+        elif kind in FOLLOWERS:
             module.__class__ = FOLLOWERS[kind]
         elif kind in (nn.Conv2d, MaskedConv2d, nn.Linear) and _packable(module._parameters.get("weight")):
             weight: Tensor = module.weight.detach()

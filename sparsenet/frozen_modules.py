@@ -22,7 +22,7 @@ from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
-from sparsenet.rules.norm import continued
+from sparsenet.rules.norm import continued, normalised
 from sparsenet.selection import Everything, Operation
 from sparsenet.sites import Pair, dense_table
 from sparsenet.work import Work
@@ -320,6 +320,51 @@ class FrozenLeakyReLU(_Activation, nn.LeakyReLU): ...
 
 
 class FrozenGELU(_Activation, nn.GELU): ...
+
+
+@dataclass(eq=False)
+class FusedForward:
+    """The forward of a frozen `nn.Sequential`: a convolution, and the normalisation and activation right behind it, are
+    one call. Nothing else can read what lies between them, so that it needs no features of its own: a third of the time
+    that Python takes for the three."""
+
+    sequential: nn.Sequential
+
+    def __call__(self, input: Any) -> Any:
+        modules = list(self.sequential._modules.values())
+        place = 0
+        while place < len(modules):
+            module: Any = modules[place]
+            place += 1
+            if type(module) is not FrozenConv2d or _hooked(module):
+                input = module(input)
+                continue
+            input = module.forward(input)
+            while place < len(modules) and _absorbs(input, modules[place]):
+                place += 1
+        return input
+
+
+def _absorbs(features: Any, module: Any) -> bool:
+    """Make a normalisation or activation part of the work of features that nothing else reads; whether it could be."""
+    if not isinstance(features, Features) or features._work is None or _hooked(module):
+        return False
+    work = features._work
+    if type(module) is FrozenBatchNorm2d and not module.training and module.running_mean is not None:
+        epilogue = normalised(features, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    elif isinstance(module, _Activation):
+        step = _step(module, features.dtype)
+        epilogue = None if step is None else work.epilogue.activated(*step)
+    else:
+        return False
+    if epilogue is None:
+        return False
+    work.epilogue, work.steps, features.fill = epilogue, work.steps + 1, None
+    return True
+
+
+def _hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 FOLLOWERS: dict[type[nn.Module], type[nn.Module]] = {

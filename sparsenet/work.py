@@ -86,6 +86,9 @@ class Work:
         if self._result is None:
             if self._continued:
                 self.layer.breaks.add(self.steps)
+            if not self.selection.observers:
+                self._result = self.layer.run(self.reads, self.epilogue)
+                return self._result
             with ExitStack() as observed:
                 for observer in self.selection.observers:
                     observed.enter_context(observer.computing(self))

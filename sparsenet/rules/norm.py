@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
+from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 
@@ -62,11 +63,17 @@ def continued(
     x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Features | None:
     """Normalisation by running statistics as part of the work that a layer has yet to do, if it can be."""
+    return x.then(lambda _: normalised(x, mean, var, weight, bias, eps))
+
+
+def normalised(
+    x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Epilogue | None:
+    """The epilogue of that work with normalisation as its next step, or `None`."""
     work = x._work
     if work is None or mean is None or var is None or not x.form.plain or len(mean) != work.outputs:
         return None
-    norm = Norm(mean, var, weight, bias, eps)
-    return x.then(lambda epilogue: work.layer.normalised(epilogue, norm))
+    return work.layer.normalised(work.epilogue, Norm(mean, var, weight, bias, eps))
 
 
 def _total(values: Tensor, group: Any) -> Tensor:
