@@ -100,12 +100,15 @@ class _Frozen(nn.Module):
     def _run(self, name: str, reads: Reads) -> Tensor:
         """What the layer makes of ordinary vectors, which wait for nothing."""
         bias: Any = self.bias
+        observers = context.current().observers
+        if not observers:
+            return self.layer.run(reads, Epilogue(shift=bias))
         with ExitStack() as uncounted:
-            for observer in context.current().observers:
+            for observer in observers:
                 uncounted.enter_context(observer.uncounted())
             result = self.layer.run(reads, Epilogue(shift=bias))
         macs = reads.outputs * prod(self.layer.shape)
-        for observer in context.current().observers:
+        for observer in observers:
             observer.operation(Operation(name, "dense", (1, 1), macs, macs))
         return result
 
@@ -155,7 +158,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
     def _guided(self, x: Features) -> Tensor:
         selection = x.selection
         asked = selection.options.backend != "auto" or isinstance(x, MaskedFeatures)
-        unfit = x.dtype != self.layer.dtype or x.form.channels != (self.in_channels,)
+        unfit = x.dtype != self.layer.dtype or x.form.channels[0] != self.in_channels
         if unfit or (asked and not selection.everything):
             return masked_conv2d(
                 x,
@@ -181,12 +184,12 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             table = selection.sites(x.grid).table
         everything = selection.everything and x.form.padding is None
         reads = Reads(rows, table, inputs, images, x.grid, out_grid, everything)
-        work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
+        work = Work(self.layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         x.read_by(work)
         if selection.observers:
             per_site = self.in_channels // self.groups * window.taps * self.out_channels
             selection.report(work_report("conv2d", work, out_grid, per_site))
-        return type(x).deferred(work, selection, out_grid, full=False, fill=self.fill)
+        return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])
 
     def _geometry(self, x: Features) -> tuple[Geometry, bool]:
         """Where the layer reads a map, and whether each pixel reads itself alone; kept, because it takes longer to find
@@ -350,8 +353,17 @@ def _absorbs(features: Any, module: Any) -> bool:
     if not isinstance(features, Features) or features._work is None or _hooked(module):
         return False
     work = features._work
-    if type(module) is FrozenBatchNorm2d and not module.training and module.running_mean is not None:
-        epilogue = normalised(features, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    if type(module) is FrozenBatchNorm2d and not module.training:
+        # Not by attribute: a module looks these up in one dictionary after another.
+        statistics, affine = module._buffers, module._parameters
+        epilogue = normalised(
+            features,
+            statistics["running_mean"],
+            statistics["running_var"],
+            affine["weight"],
+            affine["bias"],
+            module.eps,
+        )
     elif isinstance(module, _Activation):
         step = _step(module, features.dtype)
         epilogue = None if step is None else work.epilogue.activated(*step)

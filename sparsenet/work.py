@@ -50,6 +50,18 @@ class Work:
             the map is written to.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_continued",
+        "_result",
+        "epilogue",
+        "layer",
+        "read_from",
+        "reads",
+        "selection",
+        "steps",
+    )
+
     def __init__(self, layer: Layer, selection: Selection, reads: Reads, epilogue: Epilogue, steps: int = 0):
         self.layer = layer
         self.selection = selection

@@ -93,42 +93,40 @@ def run(
             itself alone.
         out: where to write the result, contiguous; new memory if `None`.
     """
-    outputs, channels = packed.shape[:2]
-    depthwise, dtype, vectors = packed.depthwise, packed.weights.dtype, packed.vectors
-    width = vectors * machine.lanes(dtype)
-    groups = 1 if depthwise else packed.groups
-    panels = packed.weights.shape[1] // width if depthwise else groups * packed.weights.shape[1]
-    together = panels if depthwise or packed.weights.nbytes <= WEIGHTS else 1
-    residual = epilogue.residual
-    order = None if residual is None else epilogue.order
-    whole = outputs // groups % width == 0
-    if depthwise:
-        kernel = convolution.by_channel("product", vectors, whole, dtype, order, epilogue.activation)
-    else:
-        kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
-    out = workspace.empty(inputs if table is None else len(table), outputs, rows) if out is None else out
-    scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
-    shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
-    _launch(
-        kernel,
-        rows,
-        packed.weights,
-        scale,
-        shift,
-        residual,
-        out,
-        table,
-        inputs,
-        channels,
-        groups,
-        panels,
-        together,
-        width,
-        epilogue.low,
-        epilogue.high,
-        0.0,
-    )
-    return out
+    return Prepared(packed, epilogue).run(rows, epilogue.residual, table, inputs, out)
+
+
+class Prepared:
+    """A kernel with packed weights and an epilogue, but for the rows of its residual, ready to run."""
+
+    def __init__(self, packed: Packed, epilogue: Epilogue):
+        self.outputs, channels = packed.shape[:2]
+        dtype, vectors = packed.weights.dtype, packed.vectors
+        width = vectors * machine.lanes(dtype)
+        groups = 1 if packed.depthwise else packed.groups
+        whole = self.outputs // groups % width == 0
+        order = None if epilogue.residual is None else epilogue.order
+        if packed.depthwise:
+            panels = together = packed.weights.shape[1] // width
+            kernel = convolution.by_channel("product", vectors, whole, dtype, order, epilogue.activation)
+        else:
+            panels = groups * packed.weights.shape[1]
+            together = panels if packed.weights.nbytes <= WEIGHTS else 1
+            kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
+        self._weights = packed.weights
+        self._scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
+        self._shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
+        self._kernel = _Kernel(kernel, channels, self.outputs, groups, panels, together, width, dtype)
+        self._bounds = _bits(epilogue.low), _bits(epilogue.high)
+
+    def run(
+        self, rows: Tensor, residual: Tensor | None, table: Tensor | None, inputs: int, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            out = workspace.empty(inputs if table is None else table.shape[0], self.outputs, rows)
+        operands = self._weights, self._scale, self._shift, residual
+        self._kernel.launch(rows, operands, out, table, inputs, self._bounds, 0.0)
+        return out
 
 
 def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float) -> Tensor:
@@ -144,88 +142,90 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     panels = -(-channels // width)
     one, none = _constant(panels * width, 1.0, dtype), _constant(panels * width, 0.0, dtype)
     out = workspace.empty(len(table), channels, rows)
-    kernel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
-    _launch(
-        kernel,
-        rows,
-        none,
-        one,
-        none,
-        None,
-        out,
-        table,
-        inputs,
-        channels,
-        1,
-        panels,
-        panels,
-        width,
-        -math.inf,
-        math.inf,
-        outside,
-    )
+    by_channel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
+    kernel = _Kernel(by_channel, channels, channels, 1, panels, panels, width, dtype)
+    bounds = _bits(-math.inf), _bits(math.inf)
+    kernel.launch(rows, (none, one, none, None), out, table, inputs, bounds, outside)
     return out
 
 
-def _launch(
-    kernel: machine.Launch,
-    rows: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    table: Tensor | None,
-    inputs: int,
-    channels: int,
-    groups: int,
-    panels: int,
-    together: int,
-    width: int,
-    low: float,
-    high: float,
-    outside: float,
-) -> None:
-    """Run a kernel on the job that these numbers make: see `sparsenet.kernels.convolution.FIELDS`."""
-    table = _itself(inputs) if table is None else table
-    sites, taps = table.shape
-    if sites == 0:
-        return
-    # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
-    work = max(1, weights.numel() // panels * together)
-    at_once = convolution.tile(width // machine.lanes(rows.dtype))
-    threads = torch.get_num_threads() if sites * work * (panels // together) > ALONE else 1
-    share = min(PIECE // work, -(-sites // (2 * threads)))
-    length = rows.shape[1] + width
-    nothing, beyond = _constant(length, 0.0, rows.dtype), _constant(length, outside, rows.dtype)  # held while it runs
-    kernel(
-        (
-            rows.data_ptr(),
-            table.data_ptr(),
-            weights.data_ptr(),
-            scale.data_ptr(),
-            shift.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            nothing.data_ptr(),
-            beyond.data_ptr(),
-            sites,
-            taps,
-            channels,
-            rows.stride(0),
-            out.shape[1],
-            out.shape[1] // groups,
-            panels,
-            panels // groups,
-            max(1, share // at_once) * at_once,
-            together,
-            inputs,
-            0,
-            _bits(low),
-            _bits(high),
-        ),
-        threads,
-    )
+class _Kernel:
+    """A kernel, and the numbers of its jobs that hang on the layer alone: see
+    `sparsenet.kernels.convolution.FIELDS`."""
+
+    def __init__(
+        self,
+        kernel: machine.Launch,
+        channels: int,
+        outputs: int,
+        groups: int,
+        panels: int,
+        together: int,
+        width: int,
+        dtype: torch.dtype,
+    ):
+        self.kernel = kernel
+        self.channels = channels
+        self.outputs = outputs
+        self.each = outputs // groups
+        self.panels = panels
+        self.group_panels = panels // groups
+        self.together = together
+        self.width = width
+        self.at_once = convolution.tile(width // machine.lanes(dtype))
+        self.dtype = dtype
+
+    def launch(
+        self,
+        rows: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        out: Tensor,
+        table: Tensor | None,
+        inputs: int,
+        bounds: tuple[int, int],
+        outside: float,
+    ) -> None:
+        """Run on weights, scale, shift and residual."""
+        if table is None:
+            table = _itself(inputs)
+        sites, taps = table.shape
+        if sites == 0:
+            return
+        weights, scale, shift, residual = operands
+        # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
+        work = max(1, weights.numel() // self.panels * self.together)
+        threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
+        share = min(PIECE // work, -(-sites // (2 * threads)))
+        length = rows.shape[1] + self.width
+        nothing = _constant(length, 0.0, self.dtype)  # these two are held while it runs
+        beyond = nothing if outside == 0 else _constant(length, outside, self.dtype)
+        self.kernel(
+            (
+                rows.data_ptr(),
+                table.data_ptr(),
+                weights.data_ptr(),
+                scale.data_ptr(),
+                shift.data_ptr(),
+                0 if residual is None else residual.data_ptr(),
+                out.data_ptr(),
+                nothing.data_ptr(),
+                beyond.data_ptr(),
+                sites,
+                taps,
+                self.channels,
+                rows.stride(0),
+                self.outputs,
+                self.each,
+                self.panels,
+                self.group_panels,
+                max(1, share // self.at_once) * self.at_once,
+                self.together,
+                inputs,
+                0,
+                *bounds,
+            ),
+            threads,
+        )
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:

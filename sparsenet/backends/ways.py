@@ -75,6 +75,10 @@ class Way(Protocol):
         """The weight as it was, (O, C / groups, kh, kw)."""
 
 
+# Epilogues that a layer's kernel is kept for.
+MOST_PREPARED = 16
+
+
 class Indirect:
     """The kernels of `sparsenet.kernels`."""
 
@@ -82,21 +86,36 @@ class Indirect:
 
     def __init__(self, weight: Tensor, spec: Spec):
         self.packed = indirect.pack(weight, spec.groups)
+        self._prepared: dict[Any, tuple[Any, indirect.Prepared]] = {}
 
     def weight(self) -> Tensor:
         return indirect.unpack(self.packed)
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        rows, table, each = reads.rows, reads.table, reads.inputs
+        rows, table, each, prepared = reads.rows, reads.table, reads.inputs, self._ready(epilogue)
         if reads.images == 1 or table is None:
-            return indirect.run(rows, self.packed, epilogue, table, each)
+            return prepared.run(rows, epilogue.residual, table, each)
         out, count = workspace.empty(reads.outputs, self.packed.shape[0], rows), len(table)
         for image in range(reads.images):
             written = slice(image * count, (image + 1) * count)
             residual = None if epilogue.residual is None else epilogue.residual[written]
-            of_image = epilogue._replace(residual=residual)
-            indirect.run(rows[image * each : (image + 1) * each], self.packed, of_image, table, each, out[written])
+            prepared.run(rows[image * each : (image + 1) * each], residual, table, each, out[written])
         return out
+
+    def _ready(self, epilogue: Epilogue) -> indirect.Prepared:
+        """Kept for the next pass, whose epilogue has the same scale and shift, not written to since."""
+        scale, shift, residual, *rest = epilogue
+        if (scale is not None and scale.is_inference()) or (shift is not None and shift.is_inference()):
+            return indirect.Prepared(self.packed, epilogue)  # writes to such tensors are not counted
+        versions = None if scale is None else scale._version, None if shift is None else shift._version
+        key = (id(scale), id(shift), versions, residual is None, *rest)
+        known = self._prepared.get(key)
+        if known is None:
+            if len(self._prepared) >= MOST_PREPARED:
+                self._prepared.clear()
+            # The tensors are kept too, so that no other can have their identity.
+            known = self._prepared[key] = ((scale, shift), indirect.Prepared(self.packed, epilogue))
+        return known[1]
 
 
 class OnRows:

@@ -82,7 +82,8 @@ class _Pooling:
             return None
         table, each = dense_table(x.grid, self.window, self.out_grid, rows.device), x.grid[0] * x.grid[1]
         images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
-        value = torch.stack(images).unflatten(1, self.out_grid).permute(0, 3, 1, 2)
+        pooled = images[0] if len(images) == 1 else torch.cat(images)
+        value = pooled.view(len(images), *self.out_grid, -1).permute(0, 3, 1, 2)
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
 
 
