@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet.calls import name_of
-from sparsenet.features import Features, Leaves, SparseFeatures, as_rows, depart, rule
+from sparsenet.features import Features, Leaves, SparseFeatures, UnguidedFeatures, as_rows, depart, rule
 from sparsenet.rules.channels import over_channels
 from sparsenet.rules.combine import arithmetic
 from sparsenet.selection import Operation
@@ -74,12 +74,16 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     if x.form.padding is not None:
         raise Leaves(x.form.description)
     selection.report(Operation(name, "reduction", x.grid))
-    if isinstance(x, SparseFeatures):
+    if isinstance(x, SparseFeatures | UnguidedFeatures):
         x.note_reading(name)
         dtype = x.dtype if dtype is None else dtype
         rows = as_rows(x.restricted()).to(torch.promote_types(dtype, torch.float32))  # where a sum has its place
-        sums = [part.sum(0) for part in rows.split(selection.sites(x.grid).counts)]
-        result = x.form.present((torch.stack(sums) / (height * width)).to(dtype)[:, :, None, None])
+        if selection.batch == 1:
+            sums = rows.sum(0, keepdim=True)
+        else:
+            each = [height * width] * selection.batch if selection.everything else selection.sites(x.grid).counts
+            sums = torch.stack([part.sum(0) for part in rows.split(each)]) if each else rows.new_empty(0, x.shape[1])
+        result = x.form.present((sums / (height * width)).to(dtype)[:, :, None, None])
     else:
         result = x.dense(name).mean(dims, keepdim=True, dtype=dtype)
     if selection.options.mean == "active":
