@@ -13,7 +13,7 @@ from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way
 
-# What another way must take of the first one's time to be chosen. It is cooler memory that a measurement does not see:
+# What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
 # each way has weights and results of its own.
 MARGIN = 0.93
 
@@ -76,7 +76,8 @@ class FrozenLayer:
         names = self._candidates[kind]
         if len(names) == 1 or self._measurements is None:
             return self._way(names[0])
-        layer = f"{kind}: {self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
+        geometry = f"{self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
+        layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
         ways = {name: self._way(name) for name in names}
         runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs)
