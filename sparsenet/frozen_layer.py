@@ -135,10 +135,11 @@ class FrozenLayer:
         if not epilogue.scales:
             return None
         tensors = [part for part in (*parts, epilogue.scale, epilogue.shift) if part is not None]
-        if any(part.is_inference() for part in tensors):  # whose writes are not counted
+        try:
+            versions = [part._version for part in tensors]
+        except RuntimeError:  # of inference mode, whose writes are not counted
             return made()
-        key = (number, *(id(part) for part in tensors))
-        versions = [part._version for part in tensors]
+        key = (number, *map(id, tensors))
         known = self._epilogues.get(key)
         if known is None or known[0] != versions:
             if len(self._epilogues) >= MOST_EPILOGUES:  # of tensors that are new in every pass

@@ -21,6 +21,7 @@ from sparsenet.backends.ways import Reads
 from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
+from sparsenet.kernels import layout, machine
 from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
 from sparsenet.rules.norm import continued, normalised
 from sparsenet.selection import Everything, Operation
@@ -150,7 +151,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             return self._run("conv2d", reads)[:, :, None, None]
         selection = everything(batch, x.device)
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
-        value = x.to(memory_format=torch.channels_last, copy=True)
+        few = channels <= layout.MOST_CHANNELS and x.is_contiguous() and machine.unsupported() is None
+        value = layout.channels_last(x) if few else x.to(memory_format=torch.channels_last, copy=True)
         held = selection or Everything(batch, x.device)
         result = self.forward(MaskedFeatures.make(value, held, grid, full=False))
         return ordinary(result).contiguous() if selection is None else result

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sparsenet.backends import epilogue, indirect
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.kernels import machine
+from sparsenet.kernels import layout, machine
 from sparsenet.kernels.activations import ACTIVATIONS
+from tests import strategies
 
 pytestmark = pytest.mark.skipif(machine.unsupported() is not None, reason=str(machine.unsupported()))
 
@@ -260,3 +261,21 @@ def test_packed_weights_are_a_copy() -> None:
     packed, before = indirect.pack(weight, 1), weight.clone()
     weight.zero_()
     assert torch.equal(indirect.unpack(packed), before)
+
+
+# -- layout ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(batch=st.integers(0, 3), channels=st.integers(1, layout.MOST_CHANNELS), size=strategies.sizes)
+def test_a_copy_in_channels_last_memory(dtype: torch.dtype, batch: int, channels: int, size: tuple[int, int]) -> None:
+    images = torch.randn(batch, channels, *size, dtype=dtype)
+    copied = layout.channels_last(images)
+    assert torch.equal(copied, images)
+    assert copied.is_contiguous(memory_format=torch.channels_last)
+    assert images.numel() == 0 or copied.data_ptr() != images.data_ptr()
+
+
+def test_a_large_image_is_copied_in_pieces() -> None:
+    images = torch.randn(2, 3, 123, layout.PIECE // 50)
+    assert torch.equal(layout.channels_last(images), images)
