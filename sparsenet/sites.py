@@ -236,4 +236,5 @@ def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -
     lines = window.reads(0, size[0], out_size[0], device)
     columns = window.reads(1, size[1], out_size[1], device)
     places = (lines * (size[1] + 1))[:, None, :, None] + columns[None, :, None, :]
-    return places.reshape(out_size[0] * out_size[1], -1).int()
+    # Of sides of length 1 the sum may lie in another order.
+    return places.reshape(out_size[0] * out_size[1], -1).int().contiguous()

@@ -1,6 +1,7 @@
 """Kernel maps against two plain loops over an index image, which `F.pad` has padded."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_a_full_map_has_no_inactive_pixel(problem: tuple[Conv, Tensor, Tensor]) 
     found = kernel_map(everywhere, window(conv), ActiveSites(target))
     assert found.table.tolist() == read_by_loops(torch.ones_like(source), target, conv)
     assert not (found.table == found.inputs).any()
+
+
+@given(problems())
+def test_without_kernels_sites_and_tables_are_the_same(problem: tuple[Conv, Tensor, Tensor]) -> None:
+    """PyTorch's index arithmetic, which runs elsewhere than on CPU."""
+    conv, source, target = problem
+    (top, _), (left, _) = conv.pads
+    window = Window(conv.kernel, conv.stride, (top, left), conv.dilation, conv.padding_mode)
+    found = kernel_map(ActiveSites(source), window, ActiveSites(target))
+    with mock.patch("sparsenet.sites._by_kernel", lambda mask: False):
+        sites = ActiveSites(source)
+        expected = kernel_map(sites, window, ActiveSites(target))
+    kernels = ActiveSites(source)
+    assert torch.equal(kernels.index, sites.index)
+    assert torch.equal(kernels.rank, sites.rank)
+    assert torch.equal(found.table, expected.table)
+    assert found.inputs == expected.inputs
 
 
 @given(strategies.masks())

@@ -239,6 +239,7 @@ def _padded(part: Tensor | None, fill: float, groups: int, padded: int, dtype: t
     """A number for each output, each group's with room to read whole vectors."""
     if part is None:
         return _constant(padded, fill, dtype)
+    part = part.to(dtype)
     if len(part) == padded:
         return part.contiguous()
     result = part.new_zeros(groups, padded // groups)

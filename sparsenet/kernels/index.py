@@ -28,6 +28,7 @@ def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
         index: int64 (n_out,), the sites.
         rank: int32 (N, H + 1, W + 1).
     """
+    places, index, rank = places.contiguous(), index.contiguous(), rank.contiguous()
     pixels, taps = places.shape
     result = torch.empty(len(index), taps, dtype=torch.int32)
     plane = rank.shape[1] * rank.shape[2]

@@ -54,6 +54,14 @@ def test_equals_the_dense_interpolation(storage: str, mode: str, data: st.DataOb
 
 
 @every_storage
+def test_a_column_that_becomes_a_line(storage: str) -> None:
+    """The table of where it reads has sides of length 1, and once lay in memory in another order than it was read."""
+    x = torch.randn(1, 3, 2, 1, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, 2, 1, dtype=torch.bool)
+    assert_agrees(lambda x: F.interpolate(x, (1, 2), mode="area"), storage, mask, x, full=False)
+
+
+@every_storage
 @example(size=(7, 5), scale=2.3)
 @given(size=strategies.sizes, scale=st.floats(0.4, 3.0))
 def test_float32_reads_the_pixels_that_pytorch_reads(storage: str, size: strategies.Pair, scale: float) -> None:
