@@ -35,8 +35,8 @@ def tile(vectors: int) -> int:
     return (24 if registers() == 32 else 12) // vectors
 
 
-# What a vector costs in a panel of so many, next to one in a panel of four, whose loads are fewest for its sums (1024 to
-# 546 channels at 139 sites: 7.2 ms in panels of four, 12.5 in panels of one).
+# What a vector costs in a panel of so many, next to one in a panel of four, whose loads are fewest for its sums (1024
+# to 546 channels at 139 sites: 7.2 ms in panels of four, 12.5 in panels of one).
 COSTS = {4: 1.0, 2: 1.02, 3: 1.1, 1: 1.4}
 
 
