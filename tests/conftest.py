@@ -1,9 +1,11 @@
-"""Every test: one thread, the same random numbers on each run, and NaN in all memory that nothing has written.
+"""Every test: one thread, the same random numbers on each run, NaN in all memory that nothing has written, and no
+measurements but its own session's.
 
 `HYPOTHESIS_PROFILE=thorough` looks for new examples, many times as many.
 """
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -28,6 +30,14 @@ hypothesis.register_random(torch_random)  # which keeps only a weak reference
 torch.set_num_threads(1)
 # PyTorch then fills uninitialised memory with NaN (`torch.utils.deterministic.fill_uninitialized_memory`).
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured while other tests run is nothing for a user's models to go by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

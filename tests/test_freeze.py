@@ -37,13 +37,6 @@ WAYS = ("indirect", "rows", "dense")
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @contextmanager
 def forced(*names: str) -> Iterator[None]:
     """Inside, each layer takes the first of these ways that can compute it: measurements are never wrong, only slow."""
