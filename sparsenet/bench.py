@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import coverage
+from sparsenet.backends.choice import processor
 from sparsenet.context import use_backend, use_mask
 from sparsenet.engines import ENGINES, Run, bench_extra, tensors
 from sparsenet.freeze import freeze
@@ -264,18 +264,11 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
     return {"machine": machine, "versions": versions}
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # -- the contenders --------------------------------------------------------------------------------------------

@@ -19,7 +19,15 @@ from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Features
 from sparsenet.frozen_layer import FrozenLayer
-from sparsenet.frozen_modules import FOLLOWERS, FrozenConv2d, FrozenLinear, FusedForward, begin_pass, end_pass
+from sparsenet.frozen_modules import (
+    FOLLOWERS,
+    FrozenConv2d,
+    FrozenLinear,
+    FusedForward,
+    begin_pass,
+    end_pass,
+    refuse_weights,
+)
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.masks import blobs
 from sparsenet.regions import Everywhere, Frame, Regions
@@ -152,13 +160,6 @@ def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list
         name, _ = backends.choose(asked, weight, conv.groups)
         guided = [name]
     return {"guided": guided, "everything": everything or ["rows"]}
-
-
-def refuse_weights(module: nn.Module, *args: Any) -> None:
-    """Before a frozen root loads weights."""
-    raise RuntimeError(
-        "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
-    )
 
 
 @dataclass(eq=False)

@@ -66,10 +66,9 @@ class FrozenLayer:
         return {kind: way.name for kind, way in self._chosen.items()}
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        kind = "everything" if reads.everything else "guided"
-        way = self._chosen.get(kind)
+        way = self._chosen.get(reads.kind)
         if way is None:
-            way = self._chosen[kind] = self._fastest(kind, reads, epilogue)
+            way = self._chosen[reads.kind] = self._fastest(reads.kind, reads, epilogue)
         return way.run(reads, epilogue)
 
     def _fastest(self, kind: str, reads: Reads, epilogue: Epilogue) -> Way:

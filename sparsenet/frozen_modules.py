@@ -22,7 +22,8 @@ from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.kernels import layout, machine
-from sparsenet.rules.conv import Geometry, geometry_of, masked_conv2d, pair
+from sparsenet.masked_conv import by_rule
+from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import continued, normalised
 from sparsenet.selection import Everything, Operation
 from sparsenet.sites import Pair, dense_table
@@ -70,6 +71,13 @@ def everything(batch: int, device: torch.device) -> Everything | None:
     return selections[batch]
 
 
+def refuse_weights(module: nn.Module, *args: Any) -> None:
+    """Instead of loading weights, or before a frozen root does."""
+    raise RuntimeError(
+        "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
+    )
+
+
 class _Frozen(nn.Module):
     """A layer whose `weight` is kept packed only. In its `state_dict`, and when pickled, it is as it was."""
 
@@ -81,9 +89,7 @@ class _Frozen(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        raise RuntimeError(
-            "a frozen model takes no other weights: load them into the model before sparsenet.freeze, and freeze again"
-        )
+        refuse_weights(self)
 
     def _takes(self, input: Tensor) -> bool:
         """Whether packed weights can multiply an ordinary tensor, as far as its kind tells.
@@ -112,6 +118,12 @@ class _Frozen(nn.Module):
         for observer in observers:
             observer.operation(Operation(name, "dense", (1, 1), macs, macs))
         return result
+
+    def _operation(self, name: str, work: Work, out_grid: Pair) -> Operation:
+        """What observers are told of the layer's work."""
+        per_site, pixels = prod(self.layer.shape), work.selection.batch * out_grid[0] * out_grid[1]
+        backend = self.layer.chosen.get(work.reads.kind)
+        return Operation(name, "guided", out_grid, work.reads.outputs * per_site, pixels * per_site, backend)
 
 
 class FrozenConv2d(_Frozen, nn.Conv2d):
@@ -162,17 +174,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         asked = selection.options.backend != "auto" or isinstance(x, MaskedFeatures)
         unfit = x.dtype != self.layer.dtype or x.form.channels[0] != self.in_channels
         if unfit or (asked and not selection.everything):
-            return masked_conv2d(
-                x,
-                self.weight,
-                self.bias,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                padding_mode=self.padding_mode,
-                fill=self.fill,
-            )
+            return by_rule(self, x, "auto", self.fill)
         (window, out_grid), pointwise = self._geometry(x)
         rows, images, table = x.computed(), 1, None
         inputs = len(rows)
@@ -189,8 +191,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         work = Work(self.layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         x.read_by(work)
         if selection.observers:
-            per_site = self.in_channels // self.groups * window.taps * self.out_channels
-            selection.report(work_report("conv2d", work, out_grid, per_site))
+            selection.report(self._operation("conv2d", work, out_grid))
         return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])
 
     def _geometry(self, x: Features) -> tuple[Geometry, bool]:
@@ -246,16 +247,9 @@ class FrozenLinear(_Frozen, nn.Linear):
         work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
         x.read_by(work)
         if selection.observers:
-            selection.report(work_report("linear", work, x.grid, self.in_features * self.out_features))
+            selection.report(self._operation("linear", work, x.grid))
         form = x.form.with_channels([self.out_features])
         return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=form)
-
-
-def work_report(name: str, work: Work, out_grid: Pair, per_site: int) -> Operation:
-    pixels = work.selection.batch * out_grid[0] * out_grid[1]
-    kind = "everything" if work.reads.everything else "guided"
-    backend = work.layer.chosen.get(kind) if isinstance(work.layer, FrozenLayer) else None
-    return Operation(name, "guided", out_grid, work.reads.outputs * per_site, pixels * per_site, backend)
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):

@@ -8,6 +8,22 @@ from sparsenet.features import Departed, Features, Leaves
 from sparsenet.rules.conv import masked_conv2d
 
 
+def by_rule(conv: nn.Conv2d, x: Features, backend: str, fill: Tensor | None) -> Features:
+    """A module's convolution of guided features: see `masked_conv2d`."""
+    return masked_conv2d(
+        x,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        padding_mode=conv.padding_mode,
+        backend=backend,
+        fill=fill,
+    )
+
+
 class MaskedConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` that computes guided features at their active sites only, and anything else as ever.
 
@@ -45,18 +61,7 @@ class MaskedConv2d(nn.Conv2d):
         if not isinstance(input, Features):
             return super().forward(input)
         try:
-            return masked_conv2d(
-                input,
-                self.weight,
-                self.bias,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                padding_mode=self.padding_mode,
-                backend=self.backend,
-                fill=self.fill,
-            )
+            return by_rule(self, input, self.backend, self.fill)
         except Leaves:
             return super().forward(input)  # its functions leave for the same reason, as exits
 

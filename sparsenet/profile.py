@@ -152,7 +152,8 @@ class _Clock:
 def _layer(work: Work, ms: float) -> Layer:
     reads, layer = work.reads, work.layer
     assert isinstance(layer, FrozenLayer)
-    kind = "everything" if reads.everything else "guided"
     pixels = work.selection.batch * reads.out_grid[0] * reads.out_grid[1]
     macs = reads.outputs * prod(layer.shape)
-    return Layer(layer.path, reads.out_grid, reads.outputs / pixels, macs, ms, layer.chosen[kind], layer.reason(kind))
+    return Layer(
+        layer.path, reads.out_grid, reads.outputs / pixels, macs, ms, layer.chosen[reads.kind], layer.reason(reads.kind)
+    )

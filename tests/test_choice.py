@@ -196,7 +196,7 @@ def test_processor_threads_and_pytorch_tell_machines_apart(monkeypatch: pytest.M
     known = {name()}
     changes: list[tuple[Any, str, Callable[[], Any]]] = [
         (torch, "get_num_threads", lambda: 77),
-        (choice, "_processor", lambda: "another processor"),
+        (choice, "processor", lambda: "another processor"),
     ]
     for owner, attribute, value in changes:
         with monkeypatch.context() as patch:

@@ -74,16 +74,13 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 def of_this_machine() -> Measurements:
     """What is remembered under `$XDG_CACHE_HOME/sparsenet` (`~/.cache`), by processor, threads and PyTorch."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    threads = torch.get_num_threads()
-    return Measurements(home / "sparsenet" / f"{_processor()}-{threads}-torch{torch.__version__}.json")
+    name = "-".join("".join(letter if letter.isalnum() else " " for letter in processor()).split())
+    return Measurements(home / "sparsenet" / f"{name}-{torch.get_num_threads()}-torch{torch.__version__}.json")
 
 
-def _processor() -> str:
-    """The processor's name, as far as a file's name can hold it."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in name).split())
+def processor() -> str:
+    """The processor's name."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -35,6 +35,11 @@ class Reads(NamedTuple):
     everything: bool
 
     @property
+    def kind(self) -> str:
+        """By which the way of a layer is chosen: "everything" or "guided"."""
+        return "everything" if self.everything else "guided"
+
+    @property
     def outputs(self) -> int:
         """How many rows come of it."""
         return self.inputs if self.table is None else self.images * len(self.table)
