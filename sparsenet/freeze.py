@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparsenet import backends, context
-from sparsenet.backends import choice, indirect
+from sparsenet.backends import choice, indirect, winograd
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
@@ -54,7 +54,9 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
     Args:
         model: of `selectify`, or any other; it is left as it is. Its copy is put in evaluation mode.
         example_inputs: what the model is called with, in one of the forms of `selectify`: what layers are measured on.
-        backend: "auto", or what computes guided layers: "indirect", "rows" or "spconv".
+        backend: "auto", or what computes guided layers: "indirect", "rows" or "spconv". Any but "auto" also keeps
+            3x3 convolutions from Winograd's algorithm, to which a number that is huge beside its neighbours, or
+            infinite, is felt two pixels away.
 
     Raises:
         ValueError: for an unknown backend, a model that is frozen already, and those that `selectify` refuses:
@@ -150,6 +152,8 @@ def _packable(weight: Tensor | None) -> bool:
 def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list[str]]:
     """The ways that can compute a convolution, by kind."""
     kernels = [] if indirect.unsupported(weight, conv.groups) else ["indirect"]
+    if backend == "auto" and winograd.unsupported(weight, pair(conv.stride), pair(conv.dilation), conv.groups) is None:
+        kernels.append("winograd")
     everything = list(kernels)
     if weight.dtype is torch.float32 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
         everything.append("dense")

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way
+from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way, Winograd
 
 # What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
 # each way has weights and results of its own.
 MARGIN = 0.93
+
+# Ways that are no backends of rows.
+OWN: dict[str, Callable[[Tensor, Spec], Way]] = {each.name: each for each in (Indirect, Winograd, Dense)}
 
 # Normalisations and factors that a layer remembers.
 MOST_EPILOGUES = 16
@@ -95,7 +98,11 @@ class FrozenLayer:
     def _way(self, name: str) -> Way:
         if name not in self._ways:
             weight = self.weight
-            kinds: dict[str, Callable[[Tensor, Spec], Way]] = {"indirect": Indirect, "dense": Dense}
+            kinds: dict[str, Callable[[Tensor, Spec], Way]] = {
+                "indirect": Indirect,
+                "winograd": Winograd,
+                "dense": Dense,
+            }
             self._ways[name] = kinds.get(name, functools.partial(OnRows, name))(weight, self.spec)
         return self._ways[name]
 

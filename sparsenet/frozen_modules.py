@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparsenet import context
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Reads
+from sparsenet.backends.ways import Reads, Tables
 from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.frozen_layer import FrozenLayer
@@ -25,8 +25,8 @@ from sparsenet.kernels import layout, machine
 from sparsenet.masked_conv import by_rule
 from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import continued, normalised
-from sparsenet.selection import Everything, Operation
-from sparsenet.sites import Pair, dense_table
+from sparsenet.selection import Everything, Operation, Selection
+from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
 from sparsenet.work import Work
 
 
@@ -126,6 +126,37 @@ class _Frozen(nn.Module):
         return Operation(name, "guided", out_grid, work.reads.outputs * per_site, pixels * per_site, backend)
 
 
+class OfAllPixels(NamedTuple):
+    """The tables of a layer that no mask guides, those of one image."""
+
+    grid: Pair
+    window: Window
+    out_grid: Pair
+    device: torch.device
+
+    def table(self) -> Tensor:
+        return dense_table(*self)
+
+    def tiles(self) -> Tiles:
+        return dense_tiles(*self)
+
+
+class OfActiveSites(NamedTuple):
+    """The tables of a guided layer."""
+
+    selection: Selection
+    grid: Pair
+    full: bool
+    window: Window
+    out_grid: Pair
+
+    def table(self) -> Tensor:
+        return self.selection.kernel_map(*self[1:]).table
+
+    def tiles(self) -> Tiles:
+        return self.selection.tiles(*self[1:])
+
+
 class FrozenConv2d(_Frozen, nn.Conv2d):
     """A convolution of packed weights, guided or not. Made by `freeze`, which changes its class and drops `weight`."""
 
@@ -159,7 +190,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         batch, channels, *size = x.shape
         grid = (size[0], size[1])
         if grid == (1, 1) == self.kernel_size and self.padding == (0, 0):
-            reads = Reads(x.reshape(batch, channels).contiguous(), None, batch, 1, grid, grid, True)
+            reads = Reads(x.reshape(batch, channels).contiguous(), None, batch, batch, 1, grid, grid, True)
             return self._run("conv2d", reads)[:, :, None, None]
         selection = everything(batch, x.device)
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
@@ -176,18 +207,19 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         if unfit or (asked and not selection.everything):
             return by_rule(self, x, "auto", self.fill)
         (window, out_grid), pointwise = self._geometry(x)
-        rows, images, table = x.computed(), 1, None
-        inputs = len(rows)
+        rows = x.computed()
+        tables: Tables | None = None
+        images, inputs, outputs = 1, len(rows), len(rows)
         if selection.everything:
             if not pointwise:
                 images, inputs = selection.batch, x.grid[0] * x.grid[1]
-                table = dense_table(x.grid, window, out_grid, rows.device)
-        elif not pointwise:
-            table = selection.kernel_map(x.grid, x.full, window, out_grid).table
-        elif x.full:
-            table = selection.sites(x.grid).table
+                outputs = images * out_grid[0] * out_grid[1]
+                tables = OfAllPixels(x.grid, window, out_grid, rows.device)
+        elif x.full or not pointwise:
+            outputs = len(selection.sites(out_grid))
+            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
         everything = selection.everything and x.form.padding is None
-        reads = Reads(rows, table, inputs, images, x.grid, out_grid, everything)
+        reads = Reads(rows, tables, inputs, outputs, images, x.grid, out_grid, everything)
         work = Work(self.layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         x.read_by(work)
         if selection.observers:
@@ -238,12 +270,12 @@ class FrozenLinear(_Frozen, nn.Linear):
         if not self._takes(input) or input.shape[-1:] != (self.in_features,):
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
-        reads = Reads(rows.contiguous(), None, len(rows), 1, (1, 1), (1, 1), True)
+        reads = Reads(rows.contiguous(), None, len(rows), len(rows), 1, (1, 1), (1, 1), True)
         return self._run("linear", reads).view(*input.shape[:-1], self.out_features)
 
     def _guided(self, x: Features) -> Features:
         rows, selection = x.computed(), x.selection
-        reads = Reads(rows, None, len(rows), 1, x.grid, x.grid, selection.everything)
+        reads = Reads(rows, None, len(rows), len(rows), 1, x.grid, x.grid, selection.everything)
         work = Work(self.layer, selection, reads, Epilogue(shift=self.bias))
         x.read_by(work)
         if selection.observers:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsenet.sites import Pair
+from sparsenet.sites import Pair, any_pool
 
 
 @dataclass
@@ -122,15 +121,6 @@ def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Region
         if (part[:, 2:] < part[:, :2]).any():
             raise ValueError(f"boxes of image {image} are not x1, y1, x2, y2: some have x2 < x1 or y2 < y1")
     return Regions(boxes=boxes)
-
-
-def any_pool(mask: Tensor, size: Pair) -> Tensor:
-    """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
-    if mask.shape[1:] == size:
-        return mask
-    coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
-    pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)
-    return (pooled if coarse == size else F.interpolate(pooled, size, mode="nearest"))[:, 0] > 0
 
 
 def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Tiles, kernel_map, tiles
 
 
 class Levels(Protocol):
@@ -135,6 +135,7 @@ class Selection:
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
         self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
+        self._tiles: dict[tuple[Pair, bool, Reading, Pair], Tiles] = {}
         for observer in observers:
             observer.selected(self)
 
@@ -174,6 +175,14 @@ class Selection:
             source = self.everywhere(size) if full else self.sites(size)
             self._maps[key] = kernel_map(source, window, self.sites(out_size))
         return self._maps[key]
+
+    def tiles(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> Tiles:
+        """As `kernel_map`, for a convolution that computes 2x2 outputs at once."""
+        key = (size, full, window, out_size)
+        if key not in self._tiles:
+            source = self.everywhere(size) if full else self.sites(size)
+            self._tiles[key] = tiles(source, window, self.sites(out_size))
+        return self._tiles[key]
 
     def report(self, operation: Operation) -> None:
         for observer in self.observers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,26 @@ class TransposedWindow(Window):
         return torch.where((spread % self.stride[axis] == 0) & (place >= 0) & (place < length), place, length)
 
 
+@dataclass(frozen=True)
+class TileReading:
+    """How tiles of 2x2 pixels read what a window of 3x3, of stride and dilation 1, reads for each: 4x4 taps.
+
+    Attributes:
+        window: of one pixel.
+        size: of the map that is cut into tiles. Where its last tile has one line only, the taps of the other are
+            outside.
+    """
+
+    window: Reading
+    size: Pair
+
+    def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
+        by_pixel = self.window.reads(axis, length, self.size[axis], device)
+        missing = by_pixel.new_full((2 * out_length - len(by_pixel), by_pixel.shape[1]), length)
+        first, second = torch.cat([by_pixel, missing]).view(out_length, 2, -1).unbind(1)
+        return torch.cat([first, second[:, -1:]], 1)
+
+
 class ActiveSites:
     """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it."""
 
@@ -115,11 +135,6 @@ class ActiveSites:
             index, self.rank = index_kernels.sites(self.mask)  # both at once
             return index
         return self.mask.flatten().nonzero()[:, 0]
-
-    @cached_property
-    def table(self) -> Tensor:
-        """The kernel map that reads each site among all pixels: int32 (n, 1)."""
-        return self.index.int()[:, None]
 
     @cached_property
     def image(self) -> Tensor:
@@ -212,6 +227,61 @@ def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> Ker
         return KernelMap(index_kernels.table(places, index, source.rank), len(source))
     place = source.read_at(window, target)
     return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
+
+
+class Tiles(NamedTuple):
+    """The kernel maps of a convolution that computes 2x2 outputs at once, wherever one of them is active.
+
+    Attributes:
+        reads: int32 (n_tiles, 16), the rows of each tile's 4x4 taps, numbered as in `KernelMap`.
+        writes: int32 (n_tiles, 4), the output rows of its pixels; a number from the outputs' count on is none.
+    """
+
+    reads: Tensor
+    writes: Tensor
+
+
+def tiles(source: ActiveSites, window: Reading, target: ActiveSites) -> Tiles:
+    """As `kernel_map`, of a window of 3x3 taps, of stride and dilation 1. On CPU, where kernels are."""
+    lines, columns = (_pairs(length) for length in target.size)
+    each = ActiveSites(index_kernels.any_of(target.mask, lines, columns))
+    reads = kernel_map(source, TileReading(window, target.size), each).table
+    return Tiles(reads, kernel_map(target, Window((2, 2), (2, 2)), each).table)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _pairs(length: int) -> Tensor:
+    """The bounds of two lines each: int32 (length / 2, 2)."""
+    first = torch.arange(0, length, 2, dtype=torch.int32)
+    return torch.stack([first, (first + 2).clamp(max=length)], 1)
+
+
+def any_pool(mask: Tensor, size: Pair) -> Tensor:
+    """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
+    if mask.shape[1:] == size:
+        return mask
+    coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
+    if _by_kernel(mask):
+        pooled = index_kernels.any_of(mask, *map(_cells, mask.shape[1:], coarse))
+    else:
+        pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)[:, 0] > 0
+    return pooled if coarse == size else F.interpolate(pooled[:, None].float(), size, mode="nearest")[:, 0] > 0
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _cells(length: int, cells: int) -> Tensor:
+    """The bounds of adaptive pooling along an axis: int32 (cells, 2)."""
+    place = torch.arange(cells)
+    return torch.stack([place * length // cells, -(-(place + 1) * length // cells)], 1).int()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def dense_tiles(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tiles:
+    """The tiles of a convolution of all pixels of one image."""
+    return tiles(ActiveSites.all(1, size, device), window, ActiveSites.all(1, out_size, device))
 
 
 @lru_cache(maxsize=64)

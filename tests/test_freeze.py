@@ -23,17 +23,17 @@ import sparsenet
 from sparsenet import GivenMask, frozen_modules
 from sparsenet.backends import indirect
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Indirect, OnRows, Reads, Spec, Way
+from sparsenet.backends.ways import Indirect, OnRows, Reads, Spec, Way, Winograd
 from sparsenet.features import Features
 from sparsenet.freeze import freeze
 from sparsenet.frozen_layer import FrozenLayer
-from sparsenet.frozen_modules import FrozenConv2d, FrozenLinear
-from sparsenet.sites import Window, dense_table
+from sparsenet.frozen_modules import FrozenConv2d, FrozenLinear, OfAllPixels
+from sparsenet.sites import Window
 from tests import strategies
 from tests.helpers import assert_equal
 from tests.models import assert_as_good, assert_same, assert_unchanged, blobs, small_ssd, snapshot, with_lively_norms
 
-WAYS = ("indirect", "rows", "dense")
+WAYS = ("indirect", "winograd", "rows", "dense")
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -1040,7 +1040,7 @@ def test_two_threads_of_one_dense_way_keep_sizes_and_scales_apart() -> None:
     dense = Dense(torch.randn(4, 4, 3, 3), Spec((1, 1), (1, 1), (1, 1), 1))
     rows, grid = torch.randn(30, 4), (5, 6)
     scales = [torch.full((4,), 1.0), torch.full((4,), 3.0)]
-    reads = Reads(rows, None, 30, 1, grid, grid, True)
+    reads = Reads(rows, None, 30, 30, 1, grid, grid, True)
     expected = [dense.run(reads, Epilogue(scale=scale)) for scale in scales]
     original = Dense.__setattr__
 
@@ -1320,10 +1320,12 @@ def test_each_way_computes_all_images_that_share_a_table(groups: int, images: in
     weight, x = torch.randn(6, 6 // groups, 3, 3), torch.randn(images, 6, *grid)
     rows = x.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
     window = Window((3, 3), padding=(1, 1))
-    reads = Reads(rows, dense_table(grid, window, grid, rows.device), 20, images, grid, grid, False)
+    tables = OfAllPixels(grid, window, grid, rows.device)
+    reads = Reads(rows, tables, 20, 20 * images, images, grid, grid, False)
     residual = torch.randn(20 * images, 6)
     expected = F.conv2d(x, weight, padding=1, groups=groups).permute(0, 2, 3, 1).flatten(0, 2) + residual
-    for each in (Indirect(weight, spec), OnRows("rows", weight, spec), OnRows("indirect", weight, spec)):
+    ways: list[Way] = [Indirect(weight, spec), OnRows("rows", weight, spec), OnRows("indirect", weight, spec)]
+    for each in [*ways, Winograd(weight, spec)] if groups == 1 else ways:
         found = each.run(reads, Epilogue(residual=residual))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

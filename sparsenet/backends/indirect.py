@@ -114,10 +114,10 @@ class Prepared:
             together = panels if packed.weights.nbytes <= WEIGHTS else 1
             kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
         self._weights = packed.weights
-        self._scale = _padded(epilogue.scale, 1.0, groups, panels * width, dtype)
-        self._shift = _padded(epilogue.shift, 0.0, groups, panels * width, dtype)
+        self._scale = padded(epilogue.scale, 1.0, groups, panels * width, dtype)
+        self._shift = padded(epilogue.shift, 0.0, groups, panels * width, dtype)
         self._kernel = _Kernel(kernel, channels, self.outputs, groups, panels, together, width, dtype)
-        self._bounds = _bits(epilogue.low), _bits(epilogue.high)
+        self._bounds = bits(epilogue.low), bits(epilogue.high)
 
     def run(
         self, rows: Tensor, residual: Tensor | None, table: Tensor | None, inputs: int, out: Tensor | None = None
@@ -140,11 +140,11 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     vectors = convolution.panel_vectors(channels, dtype)
     width = vectors * machine.lanes(dtype)
     panels = -(-channels // width)
-    one, none = _constant(panels * width, 1.0, dtype), _constant(panels * width, 0.0, dtype)
+    one, none = constant(panels * width, 1.0, dtype), constant(panels * width, 0.0, dtype)
     out = workspace.empty(len(table), channels, rows)
     by_channel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
     kernel = _Kernel(by_channel, channels, channels, 1, panels, panels, width, dtype)
-    bounds = _bits(-math.inf), _bits(math.inf)
+    bounds = bits(-math.inf), bits(math.inf)
     kernel.launch(rows, (none, one, none, None), out, table, inputs, bounds, outside)
     return out
 
@@ -197,8 +197,8 @@ class _Kernel:
         threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
         share = min(PIECE // work, -(-sites // (2 * threads)))
         length = rows.shape[1] + self.width
-        nothing = _constant(length, 0.0, self.dtype)  # these two are held while it runs
-        beyond = nothing if outside == 0 else _constant(length, outside, self.dtype)
+        nothing = constant(length, 0.0, self.dtype)  # these two are held while it runs
+        beyond = nothing if outside == 0 else constant(length, outside, self.dtype)
         self.kernel(
             (
                 rows.data_ptr(),
@@ -235,21 +235,21 @@ def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, ker
     return run(rows.contiguous(), pack(weight, groups), Epilogue(shift=bias), table, inputs)
 
 
-def _padded(part: Tensor | None, fill: float, groups: int, padded: int, dtype: torch.dtype) -> Tensor:
+def padded(part: Tensor | None, fill: float, groups: int, length: int, dtype: torch.dtype) -> Tensor:
     """A number for each output, each group's with room to read whole vectors."""
     if part is None:
-        return _constant(padded, fill, dtype)
+        return constant(length, fill, dtype)
     part = part.to(dtype)
-    if len(part) == padded:
+    if len(part) == length:
         return part.contiguous()
-    result = part.new_zeros(groups, padded // groups)
+    result = part.new_zeros(groups, length // groups)
     result[:, : len(part) // groups] = part.view(groups, -1)
     return result
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _constant(length: int, fill: float, dtype: torch.dtype) -> Tensor:
+def constant(length: int, fill: float, dtype: torch.dtype) -> Tensor:
     return torch.full((length,), fill, dtype=dtype)
 
 
@@ -261,7 +261,7 @@ def _itself(sites: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _bits(number: float) -> int:
+def bits(number: float) -> int:
     """A float64 as the integer of the same bits."""
     found: int = struct.unpack("q", struct.pack("d", number))[0]
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,9 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet import backends
-from sparsenet.backends import indirect, workspace
+from sparsenet.backends import indirect, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.sites import KernelMap, Pair
+from sparsenet.sites import KernelMap, Pair, Tiles
+
+
+class Tables(Protocol):
+    """Where a layer reads, found when a way asks for it, and kept for the other layers of the pass."""
+
+    def table(self) -> Tensor:
+        """int32 (n_out, taps) as in `KernelMap`."""
+
+    def tiles(self) -> Tiles:
+        """Of a window of 3x3 taps, of stride and dilation 1."""
 
 
 class Reads(NamedTuple):
@@ -19,16 +31,18 @@ class Reads(NamedTuple):
 
     Attributes:
         rows: (at least `inputs`, C) for each of the images.
-        table: int32 (n_out, taps) as in `KernelMap`, or `None` where each row reads itself.
-        inputs: rows that the table reaches.
-        images: 1, or how many images follow one another, each read by the same table.
+        tables: which of the rows, or `None` where each row reads itself.
+        inputs: rows that the tables reach.
+        outputs: how many rows come of it.
+        images: 1, or how many images follow one another, each read by the same tables.
         grid, out_grid: (H, W) of the maps.
         everything: whether the rows are all pixels of all images, and so are the outputs.
     """
 
     rows: Tensor
-    table: Tensor | None
+    tables: Tables | None
     inputs: int
+    outputs: int
     images: int
     grid: Pair
     out_grid: Pair
@@ -40,9 +54,17 @@ class Reads(NamedTuple):
         return "everything" if self.everything else "guided"
 
     @property
-    def outputs(self) -> int:
-        """How many rows come of it."""
-        return self.inputs if self.table is None else self.images * len(self.table)
+    def table(self) -> Tensor | None:
+        """int32 (n_out, taps) as in `KernelMap`, or `None` where each row reads itself."""
+        return None if self.tables is None else self.tables.table()
+
+    def by_image(self, epilogue: Epilogue, out: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """The rows, the residual and the part of the results, of each image."""
+        each = self.outputs // max(1, self.images)
+        for image in range(self.images):
+            written = slice(image * each, (image + 1) * each)
+            residual = None if epilogue.residual is None else epilogue.residual[written]
+            yield self.rows[image * self.inputs : (image + 1) * self.inputs], residual, out[written]
 
 
 class Spec(NamedTuple):
@@ -68,7 +90,7 @@ class Way(Protocol):
     """A way to compute a layer.
 
     Attributes:
-        name: "indirect", "dense", or a backend's.
+        name: "indirect", "winograd", "dense", or a backend's.
     """
 
     name: str
@@ -84,34 +106,18 @@ class Way(Protocol):
 MOST_PREPARED = 16
 
 
-class Indirect:
-    """The kernels of `sparsenet.kernels`."""
+class _ByKernel:
+    """What the ways of `sparsenet.kernels` share: kernels prepared for an epilogue, kept for the next pass, whose
+    epilogue has the same scale and shift, not written to since."""
 
-    name = "indirect"
+    def __init__(self, prepare: Callable[[Epilogue], Any]):
+        self._prepare = prepare
+        self._prepared: dict[Any, tuple[Any, Any]] = {}
 
-    def __init__(self, weight: Tensor, spec: Spec):
-        self.packed = indirect.pack(weight, spec.groups)
-        self._prepared: dict[Any, tuple[Any, indirect.Prepared]] = {}
-
-    def weight(self) -> Tensor:
-        return indirect.unpack(self.packed)
-
-    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        rows, table, each, prepared = reads.rows, reads.table, reads.inputs, self._ready(epilogue)
-        if reads.images == 1 or table is None:
-            return prepared.run(rows, epilogue.residual, table, each)
-        out, count = workspace.empty(reads.outputs, self.packed.shape[0], rows), len(table)
-        for image in range(reads.images):
-            written = slice(image * count, (image + 1) * count)
-            residual = None if epilogue.residual is None else epilogue.residual[written]
-            prepared.run(rows[image * each : (image + 1) * each], residual, table, each, out[written])
-        return out
-
-    def _ready(self, epilogue: Epilogue) -> indirect.Prepared:
-        """Kept for the next pass, whose epilogue has the same scale and shift, not written to since."""
+    def _ready(self, epilogue: Epilogue) -> Any:
         scale, shift, residual, *rest = epilogue
         if (scale is not None and scale.is_inference()) or (shift is not None and shift.is_inference()):
-            return indirect.Prepared(self.packed, epilogue)  # writes to such tensors are not counted
+            return self._prepare(epilogue)  # writes to such tensors are not counted
         versions = None if scale is None else scale._version, None if shift is None else shift._version
         key = (id(scale), id(shift), versions, residual is None, *rest)
         known = self._prepared.get(key)
@@ -119,8 +125,54 @@ class Indirect:
             if len(self._prepared) >= MOST_PREPARED:
                 self._prepared.clear()
             # The tensors are kept too, so that no other can have their identity.
-            known = self._prepared[key] = ((scale, shift), indirect.Prepared(self.packed, epilogue))
+            known = self._prepared[key] = ((scale, shift), self._prepare(epilogue))
         return known[1]
+
+
+class Indirect(_ByKernel):
+    """The kernels of `sparsenet.kernels.convolution`."""
+
+    name = "indirect"
+
+    def __init__(self, weight: Tensor, spec: Spec):
+        self.packed = indirect.pack(weight, spec.groups)
+        super().__init__(functools.partial(indirect.Prepared, self.packed))
+
+    def weight(self) -> Tensor:
+        return indirect.unpack(self.packed)
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        table, prepared = reads.table, self._ready(epilogue)
+        out = workspace.empty(reads.outputs, self.packed.shape[0], reads.rows)
+        if table is None or reads.images == 1:
+            prepared.run(reads.rows, epilogue.residual, table, reads.inputs, out)
+        else:
+            for rows, residual, part in reads.by_image(epilogue, out):
+                prepared.run(rows, residual, table, reads.inputs, part)
+        return out
+
+
+class Winograd(_ByKernel):
+    """3x3 convolution in fewer multiplications. The weight is kept beside what is made of it, which does not give it
+    back to the last bit."""
+
+    name = "winograd"
+
+    def __init__(self, weight: Tensor, spec: Spec):
+        self._weight = weight
+        self.packed = winograd.pack(weight)
+        super().__init__(functools.partial(winograd.Prepared, self.packed))
+
+    def weight(self) -> Tensor:
+        return self._weight
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        assert reads.tables is not None, "a window of 3x3 has tables"
+        tiles, prepared = reads.tables.tiles(), self._ready(epilogue)
+        out = workspace.empty(reads.outputs, self.packed.outputs, reads.rows)
+        for rows, residual, part in reads.by_image(epilogue, out):
+            prepared.run(rows, residual, tiles, reads.inputs, part)
+        return out
 
 
 class OnRows:

@@ -66,7 +66,7 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
     sites, taps, channels, row_stride = map(kernel.field, ("sites", "taps", "channels", "row_stride"))
     piece_sites, piece_panels, inputs, outputs = map(kernel.field, ("piece_sites", "piece_panels", "inputs", "outputs"))
     panels, group_panels = map(kernel.field, ("panels", "group_panels"))
-    finish = _Finish(kernel, residual, activation)
+    finish = Finish(kernel, residual, activation)
     last = build.sub(sites, kernel.integer(1))
     unrolled = 4
     most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
@@ -142,7 +142,7 @@ def by_channel(
     )
     sites, taps, channels, inputs = map(kernel.field, ("sites", "taps", "outputs", "inputs"))
     panels, row_stride, piece_sites = map(kernel.field, ("panels", "row_stride", "piece_sites"))
-    finish = _Finish(kernel, residual, activation)
+    finish = Finish(kernel, residual, activation)
     last = build.sub(sites, kernel.integer(1))
     weight_stride = build.mul(panels, kernel.integer(width))
     start_value = kernel.constant(-math.inf) if operation == "max" else kernel.zero
@@ -194,7 +194,7 @@ def by_channel(
     return kernel.compiled()
 
 
-class _Finish:
+class Finish:
     """The end of both kernels: sums to outputs."""
 
     def __init__(self, kernel: Kernel, residual: str | None, activation: str):

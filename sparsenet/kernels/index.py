@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
     plane = rank.shape[1] * rank.shape[2]
     pointers = places.data_ptr(), index.data_ptr(), rank.data_ptr(), result.data_ptr()
     _table()((*pointers, len(index), taps, pixels, plane), 1)
+    return result
+
+
+def any_of(mask: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
+    """Which cells of a grid hold an active pixel: bool (N, h, w).
+
+    Args:
+        mask: bool (N, H, W).
+        lines, columns: int32 (h, 2) and (w, 2), the first line and column of each cell and the one behind its last.
+    """
+    batch, height, width = mask.shape
+    mask, (out_height, out_width) = mask.contiguous(), (len(lines), len(columns))
+    result = torch.empty(batch, out_height, out_width, dtype=torch.bool)
+    pointers = mask.data_ptr(), lines.data_ptr(), columns.data_ptr(), result.data_ptr()
+    _any_of()((*pointers, batch, height, width, out_height, out_width), 1)
     return result
 
 
@@ -93,4 +109,36 @@ def _table() -> Launch:
         with kernel.loop(taps) as over_taps:
             place = build.sext(build.load(kernel.at(reads, over_taps.index)), kernel.index_type)
             build.store(build.load(kernel.at(ranks, place)), kernel.at(target, over_taps.index))
+    return kernel.compiled()
+
+
+@functools.cache
+def _any_of() -> Launch:
+    fields = ("mask", "lines", "columns", "result", "images", "height", "width", "out_height", "out_width")
+    kernel = Kernel("any_of", fields, torch.float32)
+    build, byte = kernel.build, kernel.ir.IntType(8)
+    mask, result = (build.inttoptr(kernel.field(name), byte.as_pointer()) for name in ("mask", "result"))
+    lines, columns = (kernel.pointer(name, integers=True) for name in ("lines", "columns"))
+    height, width, out_height, out_width = map(kernel.field, ("height", "width", "out_height", "out_width"))
+
+    def bounds(cells: Any, cell: Any) -> tuple[Any, Any]:
+        """The first of a cell's lines or columns, and how many there are."""
+        pair = kernel.at(cells, build.mul(cell, kernel.integer(2)))
+        first, behind = (build.sext(build.load(kernel.at(pair, each)), kernel.index_type) for each in range(2))
+        return first, build.sub(behind, first)
+
+    with kernel.loop(kernel.field("images")) as images, kernel.loop(out_height) as out_lines:
+        first_line, line_count = bounds(lines, out_lines.index)
+        start = build.mul(build.add(build.mul(images.index, height), first_line), width)
+        target = build.mul(build.add(build.mul(images.index, out_height), out_lines.index), out_width)
+        with kernel.loop(out_width) as out_columns:
+            first, count = bounds(columns, out_columns.index)
+            corner = kernel.at(mask, start, first)
+            with kernel.loop(line_count, [kernel.ir.Constant(byte, 0), corner]) as over_lines:
+                found, line = over_lines.values
+                with kernel.loop(count, [found]) as over_columns:
+                    active = build.load(kernel.at(line, over_columns.index))
+                    over_columns.following = [build.or_(over_columns.values[0], active)]
+                over_lines.following = [over_columns.values[0], kernel.at(line, width)]
+            build.store(over_lines.values[0], kernel.at(result, target, out_columns.index))
     return kernel.compiled()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsenet.regions import any_pool
-from sparsenet.sites import Pair
+from sparsenet.sites import Pair, any_pool
 
 # Maps this small are always on where masks are predicted: they cost next to nothing and see the whole image.
 ALWAYS_ON = 3
