@@ -131,8 +131,9 @@ class FrozenLayer:
         return self._kept(epilogue, norm[:4], norm.eps, made)
 
     def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> Epilogue | None:
-        """With a factor for each channel as the next step; `cells` is a view of it."""
-        return self._kept(epilogue, (factor,), 0.0, lambda: epilogue.scaled(cells.flatten(), None))
+        """With a factor for each channel as the next step; `cells` is a view of it, copied because it may be written to
+        before the layer is computed."""
+        return self._kept(epilogue, (factor,), 0.0, lambda: epilogue.scaled(cells.flatten().clone(), None))
 
     def _kept(
         self, epilogue: Epilogue, parts: tuple[Tensor | None, ...], number: float, made: Callable[[], Epilogue | None]

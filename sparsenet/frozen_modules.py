@@ -207,7 +207,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         if unfit or (asked and not selection.everything):
             return by_rule(self, x, "auto", self.fill)
         (window, out_grid), pointwise = self._geometry(x)
-        rows = x.computed()
+        gated = x._work if x._work is not None and x._work.gate is not None else None
+        rows, gate = (x.computed(), None) if gated is None else (gated.reads.rows, gated.gate)
         tables: Tables | None = None
         images, inputs, outputs = 1, len(rows), len(rows)
         if selection.everything:
@@ -219,9 +220,12 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             outputs = len(selection.sites(out_grid))
             tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
         everything = selection.everything and x.form.padding is None
-        reads = Reads(rows, tables, inputs, outputs, images, x.grid, out_grid, everything)
+        reads = Reads(rows, tables, inputs, outputs, images, x.grid, out_grid, everything, gate)
         work = Work(self.layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
-        x.read_by(work)
+        if gated is None:
+            x.read_by(work)
+        else:
+            work.read_like(gated)
         if selection.observers:
             selection.report(self._operation("conv2d", work, out_grid))
         return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])

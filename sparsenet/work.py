@@ -38,6 +38,26 @@ class Layer(Protocol):
         """An epilogue with a factor for each channel as its next step, or `None`; `cells` is a view of it."""
 
 
+class Gate:
+    """The `Layer` of what a frozen layer gave, multiplied by a number for each channel, as squeeze-and-excitation does:
+    a convolution that reads the product takes the numbers along, and it is never written."""
+
+    path = "gate"
+
+    def __init__(self, outputs: int):
+        self.outputs = outputs
+        self.breaks: set[int] = set()
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        return epilogue.of(reads.multiplied().rows)
+
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
+        return None
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
+        return None
+
+
 class Work:
     """A layer, what it reads, and its epilogue so far.
 
@@ -80,6 +100,17 @@ class Work:
     def dtype(self) -> torch.dtype:
         return self.reads.rows.dtype
 
+    @property
+    def gate(self) -> Tensor | None:
+        """(C,), where it is a gate's and nothing more."""
+        return self.reads.gate if isinstance(self.layer, Gate) and self.steps == 0 and self._result is None else None
+
+    def read_like(self, other: Work) -> None:
+        """It reads what another piece of work reads."""
+        for readers in other.read_from:
+            readers.append(ref(self))
+        self.read_from += other.read_from
+
     def then(self, epilogue: Epilogue | None) -> Work | None:
         """With one step more, or `None` where that is not to be part of it."""
         if epilogue is None or self._result is not None or self.steps in self.layer.breaks:
@@ -88,9 +119,7 @@ class Work:
             self.layer.breaks.add(self.steps)
         self._continued = True
         following = Work(self.layer, self.selection, self.reads, epilogue, self.steps + 1)
-        for readers in self.read_from:
-            readers.append(ref(following))
-        following.read_from = list(self.read_from)
+        following.read_like(self)
         return following
 
     def result(self) -> Tensor:

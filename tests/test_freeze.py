@@ -368,6 +368,55 @@ def gate_of_a_linear_layer(m: Any, x: Tensor) -> Tensor:
     return y * m.gate(y.mean((2, 3))).sigmoid()[:, :, None, None]
 
 
+GATE: dict[str, Any] = {"gate": lambda: nn.Conv2d(1, WIDTH, 1)}
+
+
+def read(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's result that something has read, what it read, and a number for each channel."""
+    y = F.silu(m.n(m.a(x)))
+    return y, y.mean((2, 3)), m.gate.bias.sigmoid()[:, None, None]
+
+
+@case(grouped=lambda: conv(groups=2), down=lambda: conv(stride=2), **GATE)
+def gate_that_every_kind_of_layer_reads(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y, mean, gate = read(m, x)
+    z = gate * y
+    return m.b(z), m.n(m.c(z)) + y, m.d(z), m.grouped(z), m.down(z), mean
+
+
+@case(**GATE)
+def gate_that_other_operations_read(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y, mean, gate = read(m, x)
+    return F.relu(y * gate - 0.1), F.relu(y * gate) + y, m.n(y * gate), (y * gate) * gate, y * gate + y, mean
+
+
+@case(**GATE)
+def gate_is_written_to(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y, mean, gate = read(m, x)
+    gate = gate.clone()
+    z = y * gate
+    gate.zero_()
+    return m.b(z), mean
+
+
+@case(**GATE)
+def gated_map_is_written_to(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y, mean, gate = read(m, x)
+    z = y * gate
+    before, other = m.b(z), m.c(z)
+    y.mul_(3)
+    z.clamp_(min=0)
+    return before, m.b(z), F.relu(other), y, mean
+
+
+@case()
+def scale_is_written_to(m: Any, x: Tensor) -> Tensor:
+    scale = torch.full((WIDTH, 1, 1), 3.0).to(x.dtype)
+    y = m.a(x) * scale
+    scale.zero_()
+    return y
+
+
 @case(gate=lambda: conv(WIDTH, 1))
 def gate_for_each_pixel(m: Any, x: Tensor) -> Tensor:
     return m.a(x) * m.gate(x).sigmoid() + m.gate(x)

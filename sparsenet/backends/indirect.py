@@ -120,11 +120,18 @@ class Prepared:
         self._bounds = bits(epilogue.low), bits(epilogue.high)
 
     def run(
-        self, rows: Tensor, residual: Tensor | None, table: Tensor | None, inputs: int, out: Tensor | None = None
+        self,
+        rows: Tensor,
+        residual: Tensor | None,
+        table: Tensor | None,
+        inputs: int,
+        out: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
+        """See `run`; `weights`, packed alike, go before those that it was made with."""
         if out is None:
             out = workspace.empty(inputs if table is None else table.shape[0], self.outputs, rows)
-        operands = self._weights, self._scale, self._shift, residual
+        operands = self._weights if weights is None else weights, self._scale, self._shift, residual
         self._kernel.launch(rows, operands, out, table, inputs, self._bounds, 0.0)
         return out
 

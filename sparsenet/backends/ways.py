@@ -37,6 +37,7 @@ class Reads(NamedTuple):
         images: 1, or how many images follow one another, each read by the same tables.
         grid, out_grid: (H, W) of the maps.
         everything: whether the rows are all pixels of all images, and so are the outputs.
+        gate: (C,), what each channel is multiplied by before it is read, or `None`.
     """
 
     rows: Tensor
@@ -47,6 +48,7 @@ class Reads(NamedTuple):
     grid: Pair
     out_grid: Pair
     everything: bool
+    gate: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -57,6 +59,15 @@ class Reads(NamedTuple):
     def table(self) -> Tensor | None:
         """int32 (n_out, taps) as in `KernelMap`, or `None` where each row reads itself."""
         return None if self.tables is None else self.tables.table()
+
+    def multiplied(self) -> Reads:
+        """The same, with the gate already passed."""
+        if self.gate is None:
+            return self
+        rows = self.rows[: self.images * self.inputs]
+        return self._replace(
+            rows=torch.mul(rows, self.gate, out=workspace.empty(rows.shape[0], rows.shape[1], rows)), gate=None
+        )
 
     def by_image(self, epilogue: Epilogue, out: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """The rows, the residual and the part of the results, of each image."""
@@ -142,13 +153,18 @@ class Indirect(_ByKernel):
         return indirect.unpack(self.packed)
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        weights = self.packed.weights
+        if reads.gate is not None and (self.packed.groups > 1 or weights.numel() > reads.rows.numel()):
+            reads = reads.multiplied()
+        if reads.gate is not None:  # fewer weights than rows: (1, panels, taps, C, width)
+            weights = weights * reads.gate[:, None]
         table, prepared = reads.table, self._ready(epilogue)
         out = workspace.empty(reads.outputs, self.packed.shape[0], reads.rows)
         if table is None or reads.images == 1:
-            prepared.run(reads.rows, epilogue.residual, table, reads.inputs, out)
+            prepared.run(reads.rows, epilogue.residual, table, reads.inputs, out, weights)
         else:
             for rows, residual, part in reads.by_image(epilogue, out):
-                prepared.run(rows, residual, table, reads.inputs, part)
+                prepared.run(rows, residual, table, reads.inputs, part, weights)
         return out
 
 
@@ -167,6 +183,7 @@ class Winograd(_ByKernel):
         return self._weight
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        reads = reads.multiplied()
         assert reads.tables is not None, "a window of 3x3 has tables"
         tiles, prepared = reads.tables.tiles(), self._ready(epilogue)
         out = workspace.empty(reads.outputs, self.packed.outputs, reads.rows)
@@ -187,6 +204,7 @@ class OnRows:
         return self._weight
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        reads = reads.multiplied()
         rows, table, each = reads.rows, reads.table, reads.inputs
         if table is None:
             parts = [self._sums(rows[:each], None)]
@@ -215,6 +233,7 @@ class Dense:
         return self._weight
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        reads = reads.multiplied()
         batch = reads.rows.shape[0] // (reads.grid[0] * reads.grid[1])
         x = reads.rows.view(batch, *reads.grid, reads.rows.shape[1]).permute(0, 3, 1, 2)
         rest = epilogue._replace(scale=None, shift=None)

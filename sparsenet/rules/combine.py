@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.backends import indirect
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Reads
 from sparsenet.calls import is_in_place
 from sparsenet.features import Features, Leaves, as_rows, rule
+from sparsenet.work import Gate, Work
 
 _ARITHMETIC = """
     add sub mul div true_divide subtract multiply divide maximum minimum rsub pow fmax fmin remainder fmod floor_divide
@@ -117,7 +121,11 @@ def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | 
     if func not in _ADDING and func not in _SCALING:
         return None
     for layer, other in (parts, parts[::-1]):
-        if not isinstance(layer, Features) or layer._work is None or not isinstance(other, Tensor) or other is layer:
+        if not isinstance(layer, Features) or not isinstance(other, Tensor) or other is layer:
+            continue
+        if layer._work is None:
+            if func in _SCALING and not in_place and (gated := _gated(layer, other)) is not None:
+                return gated
             continue
         if func in _ADDING:
             following = _with_residual(layer, other)
@@ -149,14 +157,37 @@ def _with_residual(layer: Features, other: Tensor) -> Features | None:
 
 
 def _with_scale(layer: Features, other: Tensor) -> Features | None:
-    form = layer.form
+    cells, work = _by_channel(layer, other), layer._work
+    if cells is None or work is None:
+        return None
+    return layer.then(lambda epilogue: work.layer.scaled(epilogue, other, cells))
+
+
+def _gated(x: Features, other: Tensor) -> Features | None:
+    """The product of what a frozen layer gave with a number for each channel, as work: see `Gate`."""
+    rows, selection = x._rows, x.selection
+    if rows is None or isinstance(other, Features) or selection.observers:
+        return None
+    cells = _by_channel(x, other)
+    if cells is None or indirect.unsupported(rows, 1) is not None:
+        return None
+    x._check_writes()
+    gate = cells.reshape(-1).clone()  # which may be written to before it is read
+    reads = Reads(rows, None, len(rows), len(rows), 1, x.grid, x.grid, selection.everything, gate)
+    work = Work(Gate(rows.shape[1]), selection, reads, Epilogue())
+    x.read_by(work)
+    return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=x.form)
+
+
+def _by_channel(x: Features, other: Tensor) -> Tensor | None:
+    """The cells of a tensor that has a number for each channel, the same in all images."""
+    form = x.form
     if len(form.channels) != 1 or other.numel() != form.channels[0] or other.dim() > len(form.order):
         return None
     cells = form.cells(other[(None,) * (len(form.order) - other.dim())])
-    if cells.shape[1] != form.channels[0] or other.dtype != layer.dtype or other.requires_grad:
+    if cells.shape[1] != form.channels[0] or other.dtype != x.dtype or other.requires_grad:
         return None
-    work = layer._work
-    return None if work is None else layer.then(lambda epilogue: work.layer.scaled(epilogue, other, cells))
+    return cells
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, any_form=True)
