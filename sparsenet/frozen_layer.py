@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way
+from sparsenet.backends.ways import Dense, Indirect, Norm, OnDevice, OnRows, Reads, Spec, Triton, Way
 
 # What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
 # each way has weights and results of its own.
@@ -45,6 +45,7 @@ class FrozenLayer:
         self.outputs = len(weight)
         self.spec = spec
         self.dtype = weight.dtype
+        self.device = weight.device
         self.shape = tuple(weight.shape)
         self.breaks: set[int] = set()
         self.milliseconds: dict[str, dict[str, float]] = {}
@@ -78,7 +79,7 @@ class FrozenLayer:
         geometry = f"{self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
         layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
         ways = {name: self._way(name) for name in names}
-        runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
+        runs = {name: functools.partial(_finished, way, reads, epilogue) for name, way in ways.items()}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs)
         first, best = names[0], min(found, key=found.__getitem__)
         return ways[best if found[best] < MARGIN * found[first] else first]
@@ -95,7 +96,8 @@ class FrozenLayer:
     def _way(self, name: str) -> Way:
         if name not in self._ways:
             weight = self.weight
-            kinds: dict[str, Callable[[Tensor, Spec], Way]] = {"indirect": Indirect, "dense": Dense}
+            dense = Dense if weight.device.type == "cpu" else OnDevice
+            kinds: dict[str, Callable[[Tensor, Spec], Way]] = {"indirect": Indirect, "triton": Triton, "dense": dense}
             self._ways[name] = kinds.get(name, functools.partial(OnRows, name))(weight, self.spec)
         return self._ways[name]
 
@@ -155,4 +157,14 @@ class FrozenLayer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._original is not None:
+            self.device = self._original.device  # `torch.load` may have brought it elsewhere
         self.settle()
+
+
+def _finished(way: Way, reads: Reads, epilogue: Epilogue) -> Tensor:
+    """What a way computes, when it is there."""
+    result = way.run(reads, epilogue)
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return result

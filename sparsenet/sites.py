@@ -220,8 +220,8 @@ class KernelMap:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The compiled kernels that find sites and tables, or `None`: on CPU a dozen times as fast as PyTorch's operations on
-    small maps, on GPUs a launch instead of a dozen."""
+    """The compiled kernels that find sites and tables, or `None`: on CPU a dozen times as fast as PyTorch's operations
+    on small maps, on GPUs a launch in place of several."""
     if device.type == "cpu":
         return index_kernels if machine.unsupported() is None else None
     if device.type == "cuda" and triton_support.missing() is None:

@@ -15,7 +15,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from sparsenet.backends import triton as backend

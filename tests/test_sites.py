@@ -81,7 +81,7 @@ def test_without_kernels_sites_and_tables_are_the_same(problem: tuple[Conv, Tens
     (top, _), (left, _) = conv.pads
     window = Window(conv.kernel, conv.stride, (top, left), conv.dilation, conv.padding_mode)
     found = kernel_map(ActiveSites(source), window, ActiveSites(target))
-    with mock.patch("sparsenet.sites._by_kernel", lambda mask: False):
+    with mock.patch("sparsenet.sites._kernels", lambda device: None):
         sites = ActiveSites(source)
         expected = kernel_map(sites, window, ActiveSites(target))
     kernels = ActiveSites(source)

@@ -1,9 +1,9 @@
-"""Kernels in Triton that read rows by way of the kernel map, on GPUs: see `sparsenet.kernels.triton_convolution`. Single
-precision (TF32 where `torch.set_float32_matmul_precision` allows it), half, bfloat16 and double, any groups, depthwise
-among them, and the gradients of training. Sums are of single precision, of double for double.
+"""Kernels in Triton that read rows by way of the kernel map, on GPUs: see `sparsenet.kernels.triton_convolution`.
+Float32 (TF32 where `torch.set_float32_matmul_precision` allows it), float16, bfloat16 and float64, any groups,
+depthwise among them, and the gradients of training. Sums are of float32, of float64 for float64.
 
-On CPU the same kernels run in Triton's interpreter where `TRITON_INTERPRET=1` is set before they are first used: to test
-them, not to compute with.
+On CPU the same kernels run in Triton's interpreter, where `TRITON_INTERPRET=1` is set before anything imports Triton:
+to test them, not to compute with.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights in the order in which the kernels read them, (groups, taps, C / groups, O / groups), and how they were."""
+    """Weights in the order in which kernels read them, (groups, taps, C / groups, O / groups), and how they were."""
 
     weights: Tensor
     shape: torch.Size
@@ -68,14 +68,12 @@ def _by_tap(weight: Tensor, groups: int) -> Tensor:
 # -- what frozen layers run ----------------------------------------------------------------------------------------
 
 
-def run(
-    rows: Tensor, packed: Packed, epilogue: Epilogue, table: Tensor | None, inputs: int, images: int = 1
-) -> Tensor:
+def run(rows: Tensor, packed: Packed, epilogue: Epilogue, table: Tensor | None, inputs: int, images: int = 1) -> Tensor:
     """Masked convolution of rows (at least images * inputs, C) to rows (n_out, O), with its epilogue.
 
     Args:
-        table: int32 (n_out / images, taps), where any number from `inputs` on is a place of zeros, and which each of the
-            images that follow one another is read by; `None` where each of the `inputs` rows reads itself alone.
+        table: int32 (n_out / images, taps), by which each of the images that follow one another is read, and where any
+            number from `inputs` on is a place of zeros; `None` where each of the `inputs` rows reads itself alone.
 
     Raises:
         RuntimeError: for tensors on two devices.

@@ -8,9 +8,9 @@ import triton.language as tl
 def activated(x, NAME: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """An activation of a block of single or double precision, by name and two parameters."""
     if NAME == "clamp":
-        if LOW != float("-inf"):
+        if float("-inf") != LOW:
             x = tl.maximum(x, tl.full(x.shape, LOW, x.dtype), propagate_nan=tl.PropagateNan.ALL)
-        if HIGH != float("inf"):
+        if float("inf") != HIGH:
             x = tl.minimum(x, tl.full(x.shape, HIGH, x.dtype), propagate_nan=tl.PropagateNan.ALL)
     elif NAME == "leaky_relu":
         x = tl.where(x > 0, x, x * tl.full(x.shape, LOW, x.dtype))

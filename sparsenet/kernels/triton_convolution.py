@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsenet.kernels.triton_activations import activated
-from sparsenet.kernels.triton_blocks import bound, multiplied
+from sparsenet.kernels.triton_blocks import INTERPRETED, bound
 from sparsenet.kernels.triton_support import precision
 from sparsenet.kernels.triton_tuning import bucket, tuned, within
 
@@ -26,7 +26,8 @@ WIDE = 1 << 31
 
 
 def _configs(*shapes: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """Of blocks of sites, outputs and channels, warps and stages."""
+    """Of blocks of sites, outputs and channels, warps and stages: of five stages, two are of rows on their way, because
+    where they are comes of the table's, which are on their way before."""
     return [
         triton.Config(
             {"BLOCK_SITES": sites, "BLOCK_OUTPUTS": outputs, "BLOCK_CHANNELS": channels, "TOGETHER": 8},
@@ -43,38 +44,41 @@ def _product_fits(
     rows, sites, outputs, channels = (arguments[name] for name in ("rows", "sites", "outputs", "channels"))
     assert isinstance(rows, Tensor) and isinstance(sites, int)
     assert isinstance(outputs, int) and isinstance(channels, int)
-    # What stages keep of a block is bounded by a device's shared memory, and halves as numbers double.
-    narrow = BLOCK_CHANNELS <= 128 // rows.element_size() and (rows.element_size() < 8 or BLOCK_OUTPUTS <= 64)
-    return (
-        narrow
-        and within(BLOCK_SITES, sites, 32)
-        and within(BLOCK_OUTPUTS, outputs)
-        and within(BLOCK_CHANNELS, channels)
-    )
+    # 128 bytes of channels are what tensor cores take at once.
+    width = max(16, min(128 // rows.element_size(), triton.next_power_of_2(channels)))
+    narrow = rows.element_size() < 8 or BLOCK_OUTPUTS <= 64
+    return narrow and width == BLOCK_CHANNELS and within(BLOCK_SITES, sites, 32) and within(BLOCK_OUTPUTS, outputs)
 
 
 @tuned(
     _configs(
-        (128, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3),
+        (128, 256, 64, 8, 5),
+        (256, 128, 64, 8, 5),
+        (128, 128, 64, 8, 5),
         (128, 128, 64, 8, 3),
-        (128, 128, 64, 4, 4),
-        (64, 128, 64, 4, 4),
-        (128, 64, 64, 4, 4),
-        (64, 64, 64, 4, 4),
-        (32, 64, 64, 4, 4),
-        (128, 128, 32, 8, 4),
-        (64, 128, 32, 4, 4),
-        (128, 64, 32, 4, 4),
-        (64, 64, 32, 4, 4),
-        (128, 32, 32, 4, 4),
+        (128, 128, 64, 4, 5),
+        (64, 128, 64, 4, 7),
+        (128, 64, 64, 4, 7),
+        (64, 64, 64, 4, 7),
+        (64, 64, 64, 4, 3),
+        (32, 64, 64, 4, 5),
+        (128, 32, 64, 4, 5),
+        (128, 128, 32, 8, 7),
+        (128, 128, 32, 8, 3),
+        (64, 128, 32, 4, 7),
+        (128, 64, 32, 4, 7),
+        (64, 64, 32, 4, 7),
+        (64, 64, 32, 4, 3),
+        (128, 32, 32, 4, 5),
+        (64, 128, 16, 4, 5),
+        (64, 64, 16, 4, 5),
         (64, 32, 16, 4, 3),
         (64, 16, 16, 4, 3),
         (32, 16, 16, 2, 2),
     ),
     key=["size", "channels", "outputs", "TAPS", "PRECISION"],
     fits=_product_fits,
-    interpreted={"BLOCK_SITES": 1024, "BLOCK_OUTPUTS": 16, "BLOCK_CHANNELS": 16, "TOGETHER": 2},
+    interpreted={"BLOCK_SITES": 256, "BLOCK_OUTPUTS": 16, "BLOCK_CHANNELS": 16, "TOGETHER": 2},
 )
 @triton.heuristics(
     {
@@ -117,8 +121,8 @@ def product(
     TOGETHER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """rows (images * inputs, groups * channels) to out (sites, groups * outputs), by weights of one group, tap, channel and
-    output as the strides say.
+    """rows (images * inputs, groups * channels) to out (sites, groups * outputs), by weights that lie by group, tap,
+    channel and output as the strides say.
 
     Args:
         table: int32 (each, TAPS) as in `sparsenet.sites.KernelMap`, for each of sites / each images that follow one
@@ -138,30 +142,30 @@ def product(
     present, asked = site < sites, output < outputs
     reads = (site % each).to(OFFSET) * TAPS
     image = site // each * inputs
-    columns = rows + group * channels
-    filters = weights + group * group_stride
+    part = tl.arange(0, BLOCK_CHANNELS)
+    columns = rows + group * channels + part[None, :]
+    filters = weights + group * group_stride + part[:, None] * channel_stride + output[None, :] * output_stride
 
     sums = tl.zeros((BLOCK_SITES, BLOCK_OUTPUTS), dtype=ACCUMULATOR)
     for step in range(bound(TAPS * tl.cdiv(channels, BLOCK_CHANNELS))):
         tap = step % TAPS
-        channel = step // TAPS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+        first = step // TAPS * BLOCK_CHANNELS
         if table is None:
             row, found = site, present
         else:
             row = tl.load(table + reads + tap, mask=present, other=inputs)
             found = row < inputs
             row += image
-        if WHOLE:
-            filled = found[:, None]
-        else:
-            filled = found[:, None] & (channel < channels)[None, :]
-        read = tl.load(columns + row[:, None].to(OFFSET) * row_stride + channel[None, :], mask=filled, other=0.0)
-        places = tap * tap_stride + channel[:, None] * channel_stride + output[None, :] * output_stride
-        if WHOLE:
-            weight = tl.load(filters + places)
-        else:
-            weight = tl.load(filters + places, mask=(channel < channels)[:, None] & asked[None, :], other=0.0)
-        sums = multiplied(read, weight, sums, PRECISION)
+        left = part < channels - first
+        filled = found[:, None] if WHOLE else found[:, None] & left[None, :]
+        known = None if WHOLE else left[:, None] & asked[None, :]
+        read = tl.load(columns + (row.to(OFFSET) * row_stride + first)[:, None], mask=filled, other=0.0)
+        weight = tl.load(
+            filters + (tap * tap_stride + first * channel_stride), mask=known, other=None if WHOLE else 0.0
+        )
+        if INTERPRETED and rows.dtype.element_ty == tl.bfloat16:  # NumPy has none
+            read, weight = read.to(tl.float32), weight.to(tl.float32)
+        sums = tl.dot(read, weight, sums, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
     number, all_outputs = group * outputs + output, groups * outputs
     places = site[:, None].to(OFFSET) * all_outputs + number[None, :]
@@ -177,7 +181,7 @@ def product(
     ],
     key=["size", "outputs", "TAPS"],
     fits=lambda BLOCK_SITES, BLOCK_OUTPUTS, arguments: within(BLOCK_OUTPUTS, arguments["outputs"]),
-    interpreted={"BLOCK_SITES": 1024, "BLOCK_OUTPUTS": 16},
+    interpreted={"BLOCK_SITES": 256, "BLOCK_OUTPUTS": 16},
 )
 @triton.jit(do_not_specialize=["sites", "each", "inputs", "size"])
 def by_channel(
@@ -206,7 +210,7 @@ def by_channel(
     BLOCK_SITES: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """As `product`, where each output channel reads one input channel: `multiple` outputs one after another the same."""
+    """As `product`, where each output channel reads one input channel, and `multiple` outputs in a row the same."""
     ACCUMULATOR: tl.constexpr = tl.float64 if rows.dtype.element_ty == tl.float64 else tl.float32
     site = tl.program_id(0) * BLOCK_SITES + tl.arange(0, BLOCK_SITES)
     output = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
@@ -292,7 +296,8 @@ def convolve(
     wide = max(rows.stride(0) * len(rows), out.numel(), 0 if table is None else table.numel()) >= WIDE
     offset = tl.int64 if wide else tl.int32
     each = sites if table is None else len(table)
-    first, epilogue = (rows, table, weights, scale, shift, residual, out, sites, each, inputs), (order, activation)
+    operands, counts = (scale, shift, residual, out), (sites, each, inputs)
+    steps = {"ORDER": order, "ACTIVATION": activation, "LOW": low, "HIGH": high, "OFFSET": offset, "TAPS": taps}
     if channels == 1:
 
         def blocks(chosen: dict[str, int]) -> tuple[int, ...]:
@@ -300,22 +305,8 @@ def convolve(
 
         flat = weights.permute(1, 2, 0, 3).reshape(taps, groups * outputs)
         with torch.cuda.device_of(rows):
-            by_channel[blocks](
-                *first[:2],
-                flat,
-                *first[3:],
-                groups * outputs,
-                outputs,
-                rows.stride(0),
-                *flat.stride(),
-                bucket(sites),
-                TAPS=taps,
-                ORDER=order,
-                ACTIVATION=activation,
-                LOW=low,
-                HIGH=high,
-                OFFSET=offset,
-            )
+            layout = groups * outputs, outputs, rows.stride(0), *flat.stride()
+            by_channel[blocks](rows, table, flat, *operands, *counts, *layout, bucket(sites), **steps)
         return
 
     def programs(chosen: dict[str, int]) -> tuple[int, ...]:
@@ -323,19 +314,6 @@ def convolve(
         return blocks, groups
 
     with torch.cuda.device_of(rows):
-        product[programs](
-            *first,
-            channels,
-            outputs,
-            groups,
-            rows.stride(0),
-            *weights.stride(),
-            bucket(sites),
-            TAPS=taps,
-            ORDER=order,
-            ACTIVATION=activation,
-            LOW=low,
-            HIGH=high,
-            PRECISION=precision(rows.dtype),
-            OFFSET=offset,
-        )
+        layout = channels, outputs, groups, rows.stride(0), *weights.stride()
+        steps["PRECISION"] = precision(rows.dtype)
+        product[programs](rows, table, weights, *operands, *counts, *layout, bucket(sites), **steps)

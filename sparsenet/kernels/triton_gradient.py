@@ -1,8 +1,8 @@
 """The gradient of a masked convolution's weights in Triton: for each tap, the rows that it read, transposed, times the
 gradients of what it added them to.
 
-A program takes a share of the sites, and the shares are summed in one order, so that equal runs give equal numbers. (The
-gradient of the rows is a convolution by the inverse kernel map: see `sparsenet.backends.triton`.)
+A program takes a share of the sites, and the shares are summed in one order, so that equal runs give equal numbers.
+(The gradient of the rows is a convolution by the inverse kernel map: see `sparsenet.backends.triton`.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsenet.kernels import triton_convolution
-from sparsenet.kernels.triton_blocks import bound, multiplied
+from sparsenet.kernels.triton_blocks import INTERPRETED, bound
 from sparsenet.kernels.triton_support import precision
 from sparsenet.kernels.triton_tuning import bucket, tuned, within
 
@@ -48,7 +48,7 @@ FEWEST = 256
         and within(BLOCK_OUTPUTS, arguments["outputs"])
         and (arguments["rows"].element_size() < 8 or max(BLOCK_CHANNELS, BLOCK_OUTPUTS) <= 64)
     ),
-    interpreted={"BLOCK_CHANNELS": 16, "BLOCK_OUTPUTS": 16, "BLOCK_SITES": 1024},
+    interpreted={"BLOCK_CHANNELS": 16, "BLOCK_OUTPUTS": 16, "BLOCK_SITES": 256},
 )
 @triton.jit(do_not_specialize=["sites", "inputs", "share", "size"])
 def product(
@@ -71,8 +71,8 @@ def product(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_SITES: tl.constexpr,
 ):
-    """rows (inputs, groups * channels) and grad (sites, groups * outputs) to shares (count, groups, taps, channels, outputs),
-    each of `share` sites."""
+    """rows (inputs, groups * channels) and grad (sites, groups * outputs) to shares (count, groups, taps, channels,
+    outputs), each of `share` sites."""
     ACCUMULATOR: tl.constexpr = tl.float64 if rows.dtype.element_ty == tl.float64 else tl.float32
     program, cell, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     output_blocks = tl.cdiv(outputs, BLOCK_OUTPUTS)
@@ -92,7 +92,9 @@ def product(
         read = tl.load(rows + places, mask=found[:, None] & given[None, :], other=0.0)
         places = site[:, None].to(OFFSET) * (groups * outputs) + group * outputs + output[None, :]
         back = tl.load(grad + places, mask=found[:, None] & asked[None, :], other=0.0)
-        sums = multiplied(tl.trans(read), back, sums, PRECISION)
+        if INTERPRETED and rows.dtype.element_ty == tl.bfloat16:  # NumPy has none
+            read, back = read.to(tl.float32), back.to(tl.float32)
+        sums = tl.dot(tl.trans(read), back, sums, input_precision=PRECISION, out_dtype=ACCUMULATOR)
 
     places = (part * tl.num_programs(1) + cell).to(tl.int64) * channels * outputs
     places += channel[:, None] * outputs + output[None, :]
@@ -106,7 +108,7 @@ def product(
     ],
     key=["size", "outputs"],
     fits=lambda BLOCK_OUTPUTS, BLOCK_SITES, arguments: within(BLOCK_OUTPUTS, arguments["outputs"]),
-    interpreted={"BLOCK_OUTPUTS": 16, "BLOCK_SITES": 1024},
+    interpreted={"BLOCK_OUTPUTS": 16, "BLOCK_SITES": 256},
 )
 @triton.jit(do_not_specialize=["sites", "inputs", "share", "size"])
 def by_channel(

@@ -18,7 +18,7 @@ from sparsenet.kernels.triton_tuning import bucket, tuned, within
     ],
     key=["size", "channels", "TAPS"],
     fits=lambda BLOCK_SITES, BLOCK_CHANNELS, arguments: within(BLOCK_CHANNELS, arguments["channels"]),
-    interpreted={"BLOCK_SITES": 1024, "BLOCK_CHANNELS": 32},
+    interpreted={"BLOCK_SITES": 256, "BLOCK_CHANNELS": 32},
 )
 @triton.jit(do_not_specialize=["sites", "each", "inputs", "size"])
 def pooled(

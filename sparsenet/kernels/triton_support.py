@@ -1,5 +1,5 @@
-"""Whether Triton is here, and what its kernels share. They are imported when first asked for: Triton takes a second, and
-PyTorch for CPUs comes without it."""
+"""Whether Triton is here, and what its kernels can compute with. They are imported when first asked for: Triton takes a
+second, and PyTorch for CPUs comes without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def missing() -> str | None:
     except ImportError:
         return f"the package triton could not be imported: install triton>={oldest}, or PyTorch for CUDA or ROCm"
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"Triton {version} is older than {oldest}, from which on tuned configurations are kept: install a newer one"
+        return f"Triton {version} is older than {oldest}, the first to keep what it tuned: install a newer one"
     return None
 
 
