@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet import backends
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Dense, Indirect, Norm, OnDevice, OnRows, Reads, Spec, Triton, Way
@@ -109,6 +110,11 @@ class FrozenLayer:
         self._ways = {way.name: way for way in self._chosen.values()}
         self._original = None
 
+    def _computes(self, name: str) -> bool:
+        """Whether a way is for where the weight is."""
+        backend = backends.BACKENDS.get(name)
+        return backend is None or backend.unsupported(self.weight, self.spec.groups) is None
+
     def _default(self, names: list[str]) -> Way:
         """A way that is there already, if it is among these."""
         return next((way for way in self._chosen.values() if way.name in names), None) or self._way(names[0])
@@ -157,8 +163,10 @@ class FrozenLayer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._original is not None:
-            self.device = self._original.device  # `torch.load` may have brought it elsewhere
+        assert self._original is not None
+        self.device = self._original.device  # to which `torch.load` may have brought it
+        for kind, names in self._candidates.items():
+            self._candidates[kind] = [name if self._computes(name) else "rows" for name in names]
         self.settle()
 
 
