@@ -314,7 +314,8 @@ def test_triton_missing_or_too_old(version: str | None, monkeypatch: pytest.Monk
 
 def test_triton_without_a_gpu_leaves_layers_to_rows_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    model = sparsenet.selectify(SmallNet().eval(), "stem", example_inputs=IMAGES, backend="triton")
+    net = SmallNet().eval()
+    model = sparsenet.selectify(net, "stem", example_inputs=IMAGES, backend="triton", selector=GivenMask())
     assert "triton: its kernels are for GPUs, not for cpu" in str(sparsenet.plan(model))
 
 
