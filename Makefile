@@ -5,10 +5,14 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test thorough demo coverage lint types wheel clean
+.PHONY: test gpu thorough demo coverage lint types wheel clean
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# On a GPU, which `make test` needs none of: Triton's kernels compiled, spconv, frozen networks.
+gpu: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu tests/test_triton.py
 
 # The same properties on new examples, fifty times as many: hours.
 thorough: $(INSTALLED)

@@ -92,13 +92,14 @@ def use_mask(mask: Tensor | list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside, masked convolutions run by `name`: "reference" (masked dense storage), "rows" or "spconv".
+    """Inside, masked convolutions run by `name`: "reference" (masked dense storage) or one of
+    `sparsenet.backends.BACKENDS`.
 
-    Layers that spconv does not support run by "rows"; `record` tells which.
+    Layers that a backend does not support run by "rows"; `record` tells which, and why.
 
     Raises:
         ValueError: for an unknown name.
-        ImportError: for "spconv" where it is not installed.
+        ImportError: for "spconv" and "triton" where they are not installed, or too old.
     """
     with setting(backend=backends.check(name)):
         yield

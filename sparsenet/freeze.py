@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sparsenet import backends, context
-from sparsenet.backends import choice, indirect, winograd
+from sparsenet.backends import choice, triton, winograd
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
@@ -49,13 +49,14 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
 
     Any input size and batch can follow. The result can be deep-copied, pickled and saved (`torch.save`), and packs its
     weights again for the machine that loads it; its `state_dict` has the original's keys and numbers, but it loads
-    none. Tensors that are not float32 or float64 on CPU leave a layer as it was.
+    none. On CPU, layers of other dtypes than float32 and float64 stay as they are; on GPUs (NVIDIA, AMD) those that
+    Triton's kernels do not compute.
 
     Args:
         model: of `selectify`, or any other; it is left as it is. Its copy is put in evaluation mode.
         example_inputs: what the model is called with, in one of the forms of `selectify`: what layers are measured on.
-        backend: "auto", or what computes guided layers: "indirect", "rows" or "spconv". Any but "auto" also keeps
-            3x3 convolutions from Winograd's algorithm, to which a number that is huge beside its neighbours, or
+        backend: "auto", or what computes guided layers: "indirect", "triton", "rows" or "spconv". Any but "auto" also
+            keeps 3x3 convolutions from Winograd's algorithm, in which a number that is huge beside its neighbours, or
             infinite, is felt two pixels away.
 
     Raises:
@@ -81,11 +82,12 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> nn.Module:
     if isinstance(selector, Selector):
         backend = selector.options.backend if backend == "auto" else backend
         selector.options = replace(selector.options, backend="auto")
-    measurements = choice.of_this_machine()
+    device = next((parameter.device for parameter in frozen.parameters()), None)
+    measurements = choice.of_this_machine(device)
     layers = list(_replaced(frozen, backend, measurements))
     memory = Workspace()
     frozen.register_load_state_dict_pre_hook(refuse_weights)
-    frozen._apply = Conversion(frozen, [layer.dtype for layer in layers])  # type: ignore[method-assign]
+    frozen._apply = Conversion(frozen, {(layer.dtype, layer.device) for layer in layers})  # type: ignore[method-assign]
     frozen.register_forward_pre_hook(FrozenBeginHook(memory), prepend=True, with_kwargs=True)
     frozen.register_forward_hook(FrozenEndHook(memory), always_call=True)
     with quietly(frozen):
@@ -137,8 +139,8 @@ def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Ite
                 FrozenConv2d.make(module, layer)
             else:
                 assert isinstance(module, nn.Linear)
-                kernels = ["rows"] if indirect.unsupported(weight, 1) else ["indirect", "rows"]
-                candidates = {"guided": kernels, "everything": kernels}
+                ways = [*_kernels(weight, 1), "rows"]
+                candidates = {"guided": ways, "everything": ways}
                 spec = Spec((1, 1), (0, 0), (1, 1), 1)
                 layer = FrozenLayer(path, weight[:, :, None, None], spec, candidates, measurements)
                 FrozenLinear.make(module, layer)
@@ -146,16 +148,27 @@ def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Ite
 
 
 def _packable(weight: Tensor | None) -> bool:
-    return weight is not None and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    if weight is None:
+        return False
+    if weight.is_cuda:
+        return triton.unsupported(weight, 1) is None
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+
+def _kernels(weight: Tensor, groups: int) -> list[str]:
+    """The backend whose kernels are for the weight's device, if it can compute the layer."""
+    name = "triton" if weight.is_cuda else "indirect"
+    return [] if backends.BACKENDS[name].unsupported(weight, groups) else [name]
 
 
 def _candidates(conv: nn.Conv2d, weight: Tensor, backend: str) -> dict[str, list[str]]:
     """The ways that can compute a convolution, by kind."""
-    kernels = [] if indirect.unsupported(weight, conv.groups) else ["indirect"]
+    kernels = _kernels(weight, conv.groups)
     if backend == "auto" and winograd.unsupported(weight, pair(conv.stride), pair(conv.dilation), conv.groups) is None:
         kernels.append("winograd")
     everything = list(kernels)
-    if weight.dtype is torch.float32 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+    dense = weight.is_cuda or weight.dtype is torch.float32  # of which oneDNN packs weights
+    if dense and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
         everything.append("dense")
     guided = [*kernels, "rows"]
     own = getattr(conv, "backend", "auto")
@@ -172,11 +185,11 @@ class Conversion:
     is changed."""
 
     module: nn.Module
-    dtypes: list[torch.dtype]
+    kinds: set[tuple[torch.dtype, torch.device]]
 
     def __call__(self, function: Any, recurse: bool = True) -> nn.Module:
-        for dtype in set(self.dtypes):
-            weight = torch.empty(0, dtype=dtype)
+        for dtype, device in self.kinds:
+            weight = torch.empty(0, dtype=dtype, device=device)
             changed = function(weight)
             if (changed.dtype, changed.device) != (weight.dtype, weight.device):
                 raise RuntimeError(

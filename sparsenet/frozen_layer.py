@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet import backends
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Dense, Indirect, Norm, OnRows, Reads, Spec, Way, Winograd
+from sparsenet.backends.ways import Dense, Indirect, Norm, OnDevice, OnRows, Reads, Spec, Triton, Way, Winograd
 
 # What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
 # each way has weights and results of its own.
@@ -48,6 +49,7 @@ class FrozenLayer:
         self.outputs = len(weight)
         self.spec = spec
         self.dtype = weight.dtype
+        self.device = weight.device
         self.shape = tuple(weight.shape)
         self.breaks: set[int] = set()
         self.milliseconds: dict[str, dict[str, float]] = {}
@@ -81,7 +83,7 @@ class FrozenLayer:
         geometry = f"{self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
         layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
         ways = {name: self._way(name) for name in names}
-        runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
+        runs = {name: functools.partial(_finished, way, reads, epilogue) for name, way in ways.items()}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs)
         first, best = names[0], min(found, key=found.__getitem__)
         return ways[best if found[best] < MARGIN * found[first] else first]
@@ -101,7 +103,8 @@ class FrozenLayer:
             kinds: dict[str, Callable[[Tensor, Spec], Way]] = {
                 "indirect": Indirect,
                 "winograd": Winograd,
-                "dense": Dense,
+                "triton": Triton,
+                "dense": Dense if weight.device.type == "cpu" else OnDevice,
             }
             self._ways[name] = kinds.get(name, functools.partial(OnRows, name))(weight, self.spec)
         return self._ways[name]
@@ -113,6 +116,11 @@ class FrozenLayer:
             self._chosen.setdefault(kind, self._default(names))
         self._ways = {way.name: way for way in self._chosen.values()}
         self._original = None
+
+    def _computes(self, name: str) -> bool:
+        """Whether a way is for where the weight is."""
+        backend = backends.BACKENDS.get("indirect" if name == Winograd.name else name)
+        return backend is None or backend.unsupported(self.weight, self.spec.groups) is None
 
     def _default(self, names: list[str]) -> Way:
         """A way that is there already, if it is among these."""
@@ -163,4 +171,16 @@ class FrozenLayer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        assert self._original is not None
+        self.device = self._original.device  # to which `torch.load` may have brought it
+        for kind, names in self._candidates.items():
+            self._candidates[kind] = [name if self._computes(name) else "rows" for name in names]
         self.settle()
+
+
+def _finished(way: Way, reads: Reads, epilogue: Epilogue) -> Tensor:
+    """What a way computes, when it is there."""
+    result = way.run(reads, epilogue)
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return result

@@ -102,7 +102,7 @@ class _Frozen(nn.Module):
                 "a frozen model computes no gradients: call it under torch.no_grad(), or use the model that it was "
                 "made from"
             )
-        return input.dtype == self.layer.dtype and input.device.type == "cpu"
+        return input.dtype == self.layer.dtype and input.device == self.layer.device
 
     def _run(self, name: str, reads: Reads) -> Tensor:
         """What the layer makes of ordinary vectors, which wait for nothing."""
@@ -194,7 +194,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             return self._run("conv2d", reads)[:, :, None, None]
         selection = everything(batch, x.device)
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
-        few = channels <= layout.MOST_CHANNELS and x.is_contiguous() and machine.unsupported() is None
+        few = channels <= layout.MOST_CHANNELS and x.is_contiguous() and x.device.type == "cpu"
+        few = few and machine.unsupported() is None
         value = layout.channels_last(x) if few else x.to(memory_format=torch.channels_last, copy=True)
         held = selection or Everything(batch, x.device)
         result = self.forward(MaskedFeatures.make(value, held, grid, full=False))
@@ -318,7 +319,7 @@ def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | N
             return "clamp", 0.0, math.inf
         case nn.Hardtanh():  # ReLU6 is one
             return "clamp", module.min_val, module.max_val
-        case _ if dtype is not torch.float32:
+        case _ if dtype is torch.float64:
             return None
         case nn.SiLU():
             return "silu", 0.0, 0.0

@@ -8,8 +8,10 @@ the features, a table is ready to gather by.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet.kernels import index as index_kernels
-from sparsenet.kernels import machine
+from sparsenet.kernels import machine, triton_support
 
 Pair = tuple[int, int]
 
@@ -131,8 +133,10 @@ class ActiveSites:
     @cached_property
     def index(self) -> Tensor:
         """Position of each site in the flattened (N, H, W) grid, ascending: int64 (n,)."""
-        if _by_kernel(self.mask):
-            index, self.rank = index_kernels.sites(self.mask)  # both at once
+        kernels = _kernels(self.mask.device)
+        if kernels is not None:
+            index: Tensor
+            index, self.rank = kernels.sites(self.mask)  # both at once
             return index
         return self.mask.flatten().nonzero()[:, 0]
 
@@ -197,6 +201,25 @@ class KernelMap:
         )
 
     @cached_property
+    def inverse(self) -> Tensor:
+        """For each row and tap the output sites that it is read for, in ascending order, of which there is one at most
+        unless padding repeats pixels: int32 (inputs, times * taps), first the first site of each tap, then the second
+        of each ...; `len(table)` where there is none."""
+        outputs, taps = self.table.shape
+        found = self.table < self.inputs
+        places = torch.where(found, self.table * taps + torch.arange(taps, device=found.device), self.inputs * taps)
+        sites = torch.arange(outputs, dtype=torch.int32, device=found.device)[:, None].expand(-1, taps)
+        parts: list[Tensor] = []
+        while not parts or found.any():
+            # A minimum is the same in whatever order it is taken; what found no place waits for the next part.
+            part = sites.new_full((self.inputs * taps + 1,), outputs)
+            waiting = torch.where(found, sites, outputs)
+            part.scatter_reduce_(0, places.flatten(), waiting.flatten(), "amin")
+            parts.append(part[:-1].view(self.inputs, taps))
+            found = found & (part[places] != sites)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The map by taps, as spconv wants it: int32 (2, taps, most) of (input row, output row) padded with -1,
         and int32 (taps,), how many pairs each tap has."""
@@ -211,9 +234,14 @@ class KernelMap:
         return pairs, counts
 
 
-def _by_kernel(mask: Tensor) -> bool:
-    """Whether compiled kernels find sites and tables: a dozen times as fast as PyTorch's operations on small maps."""
-    return mask.device.type == "cpu" and machine.unsupported() is None
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The compiled kernels that find sites and tables, or `None`: on CPU a dozen times as fast as PyTorch's operations
+    on small maps, on GPUs a launch in place of several."""
+    if device.type == "cpu":
+        return index_kernels if machine.unsupported() is None else None
+    if device.type == "cuda" and triton_support.missing() is None:
+        return importlib.import_module("sparsenet.kernels.triton_index")
+    return None
 
 
 def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> KernelMap:
@@ -222,9 +250,10 @@ def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> Ker
     There is no hash table: a tap's place is a function of the output site's coordinates, and its row a look-up in the
     rank image. Both are looked up, for a narrow network spent a tenth of its time on such small index arithmetic.
     """
-    if _by_kernel(source.mask):
+    kernels = _kernels(source.mask.device)
+    if kernels is not None:
         index, places = target.index, _places(source.size, target.size, window, source.mask.device)
-        return KernelMap(index_kernels.table(places, index, source.rank), len(source))
+        return KernelMap(kernels.table(places, index, source.rank), len(source))
     place = source.read_at(window, target)
     return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
 
@@ -262,7 +291,7 @@ def any_pool(mask: Tensor, size: Pair) -> Tensor:
     if mask.shape[1:] == size:
         return mask
     coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
-    if _by_kernel(mask):
+    if _kernels(mask.device) is index_kernels:
         pooled = index_kernels.any_of(mask, *map(_cells, mask.shape[1:], coarse))
     else:
         pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)[:, 0] > 0

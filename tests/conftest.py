@@ -1,11 +1,13 @@
 """Every test: one thread, the same random numbers on each run, NaN in all memory that nothing has written, and no
-measurements but its own session's.
+measurements but its own session's. Triton's kernels run in its interpreter, on CPU: `make gpu` runs those on devices.
 
 `HYPOTHESIS_PROFILE=thorough` looks for new examples, many times as many.
 """
 
 import os
 from collections.abc import Iterator
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import hypothesis
 import pytest

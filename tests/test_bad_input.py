@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import sparsenet
 from sparsenet import GivenMask, SelectiveModule
+from sparsenet.kernels import triton_support
 from tests.models import SmallNet, assert_as_good, assert_unchanged, blobs, small_ssd, snapshot, with_lively_norms
 
 IMAGES = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))  # whatever was imported before
@@ -286,9 +288,40 @@ def test_already_selective(selective: nn.Module) -> None:
             sparsenet.selectify(selective, "stem", example_inputs=IMAGES, inplace=inplace)
 
 
+@pytest.mark.parametrize("version", [None, "3.3.1"])
+def test_triton_missing_or_too_old(version: str | None, monkeypatch: pytest.MonkeyPatch, selective: nn.Module) -> None:
+    find = importlib.import_module
+
+    def with_other_triton(name: str, *args: Any) -> Any:
+        if name != "triton":
+            return find(name, *args)
+        if version is None:
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+        return SimpleNamespace(__version__=version)
+
+    monkeypatch.setattr(importlib, "import_module", with_other_triton)
+    triton_support.missing.cache_clear()
+    try:
+        named = ("triton>=3.4" if version is None else "Triton 3.3.1 is older than 3.4", "backend='rows'")
+        model = SmallNet().eval()
+        with raises(ImportError, model, *named):
+            sparsenet.selectify(model, "stem", example_inputs=IMAGES, backend="triton", inplace=True)
+        with raises(ImportError, selective, *named), sparsenet.use_backend("triton"):
+            pass
+    finally:
+        triton_support.missing.cache_clear()
+
+
+def test_triton_without_a_gpu_leaves_layers_to_rows_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    net = SmallNet().eval()
+    model = sparsenet.selectify(net, "stem", example_inputs=IMAGES, backend="triton", selector=GivenMask())
+    assert "triton: its kernels are for GPUs, not for cpu" in str(sparsenet.plan(model))
+
+
 def test_unknown_backend(selective: nn.Module) -> None:
     model = SmallNet()
-    named = ("unknown backend 'cudnn'", "auto, reference, rows, indirect, spconv")
+    named = ("unknown backend 'cudnn'", "auto, reference, rows, indirect, triton, spconv")
     with raises(ValueError, model, *named):
         sparsenet.selectify(model, "stem", example_inputs=IMAGES, backend="cudnn", inplace=True)
     with raises(ValueError, selective, *named), sparsenet.use_backend("cudnn"):

@@ -1016,7 +1016,7 @@ def test_what_cannot_be_frozen(small: nn.Module) -> None:
         freeze(small, X, backend="fastest")
 
 
-@pytest.mark.parametrize("backend", ["auto", "indirect", "rows", "spconv"])
+@pytest.mark.parametrize("backend", ["auto", "indirect", "triton", "rows", "spconv"])
 def test_every_backend(selective: nn.Module, backend: str) -> None:
     frozen = freeze(selective, X, backend=backend)
     double = copy.deepcopy(selective).double()

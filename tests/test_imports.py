@@ -127,10 +127,17 @@ def test_one_file_imports_spconv() -> None:
     assert all(each.lazy for each in imports("sparsenet") if each.name.split(".")[0] == "spconv")
 
 
-def test_triton_is_imported_by_its_backends_only() -> None:
+def test_triton_is_imported_by_its_kernels_only() -> None:
     for each in imports("sparsenet", "adapters", "examples"):
         if each.name.split(".")[0] == "triton":
-            assert each.file.name.startswith("triton"), each
+            assert each.file.parent.name == "kernels" and each.file.name.startswith("triton"), each
+
+
+def test_tritons_kernels_are_imported_when_first_asked_for() -> None:
+    """But for what says whether they can be, and by one another."""
+    for each in imports("sparsenet", "adapters", "examples"):
+        if each.name.startswith("sparsenet.kernels.triton_") and not each.file.name.startswith("triton_"):
+            assert each.lazy or each.name == "sparsenet.kernels.triton_support", each
 
 
 def test_nobody_imports_adapters_by_their_folder() -> None:

@@ -81,7 +81,7 @@ def test_without_kernels_sites_and_tables_are_the_same(problem: tuple[Conv, Tens
     (top, _), (left, _) = conv.pads
     window = Window(conv.kernel, conv.stride, (top, left), conv.dilation, conv.padding_mode)
     found = kernel_map(ActiveSites(source), window, ActiveSites(target))
-    with mock.patch("sparsenet.sites._by_kernel", lambda mask: False):
+    with mock.patch("sparsenet.sites._kernels", lambda device: None):
         sites = ActiveSites(source)
         expected = kernel_map(sites, window, ActiveSites(target))
     kernels = ActiveSites(source)
@@ -135,6 +135,23 @@ def test_a_table_by_taps(table: list[list[int]]) -> None:
         assert counts[tap] == len(expected)
         assert list(zip(*pairs[:, tap, : len(expected)].tolist(), strict=True)) == expected
         assert (pairs[:, tap, len(expected) :] == -1).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), max_size=9))
+def test_the_inverse_of_a_table(table: list[list[int]]) -> None:
+    """Each row and tap finds the sites that it is read for, in order, and nothing else."""
+    found = KernelMap(torch.tensor(table, dtype=torch.int32).view(-1, 3), inputs=5).inverse
+    times = found.shape[1] // 3
+    assert found.dtype == torch.int32 and found.shape == (5, times * 3)
+    for row in range(5):
+        for tap in range(3):
+            expected = [site for site, taps in enumerate(table) if taps[tap] == row]
+            assert found[row, tap::3].tolist() == expected + [len(table)] * (times - len(expected))
+
+
+def test_the_inverse_of_a_window_has_one_site_for_each_tap() -> None:
+    sites = ActiveSites(torch.rand(2, 7, 8) < 0.5)
+    assert kernel_map(sites, Window((3, 3), padding=(1, 1)), sites).inverse.shape == (len(sites), 9)
 
 
 def test_an_unknown_padding_mode_is_refused() -> None:

@@ -17,10 +17,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from sparsenet.backends import indirect, rows, spconv
+from sparsenet.backends import indirect, rows, spconv, triton
 from sparsenet.sites import KernelMap
 
-BACKENDS: dict[str, ModuleType] = {"rows": rows, "indirect": indirect, "spconv": spconv}
+BACKENDS: dict[str, ModuleType] = {"rows": rows, "indirect": indirect, "triton": triton, "spconv": spconv}
 NAMES = ("auto", "reference", *BACKENDS)
 
 
@@ -30,12 +30,16 @@ def check(name: str) -> str:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(NAMES)}")
     if name == "spconv":
         spconv.load()
+    if name == "triton":
+        triton.load()
     return name
 
 
 def choose(name: str, weight: Tensor, groups: int) -> tuple[str, str | None]:
-    """The backend that computes a layer, and why it is not the one asked for, if it is not."""
-    asked = "rows" if name in ("auto", "reference") else name
+    """The backend that computes a layer, and why it is not the one asked for, if it is not; on GPUs "auto" asks for
+    "triton"."""
+    unasked = "triton" if weight.is_cuda else "rows"
+    asked = unasked if name in ("auto", "reference") else name
     reason = BACKENDS[asked].unsupported(weight, groups)
     return (asked, None) if reason is None else ("rows", f"{asked}: {reason}")
 

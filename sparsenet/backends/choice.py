@@ -71,10 +71,13 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def of_this_machine() -> Measurements:
-    """What is remembered under `$XDG_CACHE_HOME/sparsenet` (`~/.cache`), by processor, threads and PyTorch."""
+def of_this_machine(device: torch.device | None = None) -> Measurements:
+    """What is remembered under `$XDG_CACHE_HOME/sparsenet` (`~/.cache`), by processor or GPU, threads and PyTorch."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = "-".join("".join(letter if letter.isalnum() else " " for letter in processor()).split())
+    of = processor()
+    if device is not None and device.type == "cuda":
+        of = f"{torch.cuda.get_device_name(device)} {torch.get_float32_matmul_precision()}"
+    name = "-".join("".join(letter if letter.isalnum() else " " for letter in of).split())
     return Measurements(home / "sparsenet" / f"{name}-{torch.get_num_threads()}-torch{torch.__version__}.json")
 
 

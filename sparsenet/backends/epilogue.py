@@ -69,7 +69,8 @@ class Epilogue(NamedTuple):
     # -- where no kernel does it -------------------------------------------------------------------------------
 
     def of(self, rows: Tensor) -> Tensor:
-        """The outputs of sums (n_out, O), step by step."""
+        """The outputs of sums (n_out, O), step by step, in their dtype."""
+        dtype = rows.dtype
         if self.scale is not None:
             rows = rows * self.scale
         if self.shift is not None:
@@ -80,7 +81,7 @@ class Epilogue(NamedTuple):
             rows = ACTIVATIONS[self.activation](rows, self.low, self.high)
         if self.residual is not None and self.order == "after":
             rows = rows + self.residual
-        return rows
+        return rows.to(dtype)
 
 
 def activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -97,7 +98,7 @@ def activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtyp
         case "hardtanh" | "hardtanh_":
             low = args[0] if args else kwargs.get("min_val", -1.0)
             return "clamp", float(low), float(args[1] if len(args) > 1 else kwargs.get("max_val", 1.0))
-        case name if dtype is not torch.float32:  # the kernels' exponentials are single precision
+        case name if dtype is torch.float64:  # the kernels' exponentials are single precision
             return None
         case "leaky_relu" | "leaky_relu_":
             return "leaky_relu", float(args[0] if args else kwargs.get("negative_slope", 0.01)), 0.0

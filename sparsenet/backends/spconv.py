@@ -41,16 +41,26 @@ def unsupported(weight: Tensor, groups: int) -> str | None:
         return "spconv has no grouped convolution"
     if weight.shape[2:].numel() == 1:
         return "spconv scrambles the weights of 1x1 layers; they are a plain matrix product"
-    if torch.is_autocast_enabled(weight.device.type):
-        return "spconv casts to float16 under autocast, or not at all, whatever dtype is asked for"
-    if not weight.is_cuda and weight.dtype not in (torch.float32, torch.float64):
-        return f"spconv has no {weight.dtype} on CPU"
+    known = (torch.float16, torch.float32) if weight.is_cuda else (torch.float32, torch.float64)
+    dtype = _dtype(weight)
+    if dtype not in known:
+        return f"spconv has no {dtype} on {'GPUs' if weight.is_cuda else 'CPU'}"
     return None
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What a layer is computed in: as autocast has it for convolutions."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:
     assert kernel_map is not None, "a layer of one tap is refused by `unsupported`"
-    out = _convolve(rows[:-2], weight, kernel_map)
+    dtype = _dtype(weight)
+    if max(rows.numel(), len(kernel_map.table) * weight.shape[0], 2 * kernel_map.table.numel()) >= 1 << 31:
+        raise RuntimeError("spconv counts elements by 32 bits, and here are more: use backend='rows' or 'triton'")
+    with torch.autocast(rows.device.type, enabled=False):  # it would cast to float16, whatever is asked for
+        out = _convolve(rows[:-2].to(dtype), weight.to(dtype), kernel_map)
     return out if bias is None else out + bias.to(out.dtype)  # its CPU path refuses a bias
 
 
@@ -71,16 +81,31 @@ def _convolve(rows: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
 
 
 def _implicit_gemm(spconv: SimpleNamespace, rows: Tensor, filters: Tensor, kernel_map: KernelMap) -> Tensor:
-    """The CUDA path: input row by (tap, output row), a bit for each tap that finds a row, and the output rows in
-    the order of these bits, so that rows of like pattern share a tile."""
+    """The CUDA path, whose sums are of float32."""
+    pairs, bits, order = masked_pairs(kernel_map)
+    every_tap = [np.array([0xFFFFFFFF], dtype=np.uint32)]
+    result: Tensor
+    result, *_ = spconv.ops.implicit_gemm(
+        rows,
+        filters,
+        pairs,
+        [bits[:, None]],
+        [order],
+        len(bits),
+        every_tap,
+        is_train=False,
+        is_subm=False,
+        fp32_accum=True,
+    )
+    return result
+
+
+def masked_pairs(kernel_map: KernelMap) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel map of at most 32 taps as implicit gemm reads it, all int32: the input row of each (tap, output row), -1
+    for none; for each output row a bit for each tap that finds a row; and the output rows in the order of these bits,
+    so that rows of like pattern share a tile."""
     found = kernel_map.table < kernel_map.inputs
     bits = (found.long() << torch.arange(found.shape[1], device=found.device)).sum(1)
     bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
     pairs = torch.where(found, kernel_map.table, -1).T.contiguous()
-    every_tap = [np.array([0xFFFFFFFF], dtype=np.uint32)]
-    order = bits.argsort().int()
-    result: Tensor
-    result, *_ = spconv.ops.implicit_gemm(
-        rows, filters, pairs, [bits[:, None]], [order], len(bits), every_tap, is_train=False, is_subm=False
-    )
-    return result
+    return pairs, bits, bits.argsort(stable=True).int()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet import backends
-from sparsenet.backends import indirect, winograd, workspace
+from sparsenet.backends import indirect, triton, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.sites import KernelMap, Pair, Tiles
 
@@ -101,7 +101,7 @@ class Way(Protocol):
     """A way to compute a layer.
 
     Attributes:
-        name: "indirect", "winograd", "dense", or a backend's.
+        name: "indirect", "winograd", "triton", "dense", or a backend's.
     """
 
     name: str
@@ -192,6 +192,22 @@ class Winograd(_ByKernel):
         return out
 
 
+class Triton:
+    """The kernels of `sparsenet.kernels.triton_convolution`, for all images at once."""
+
+    name = "triton"
+
+    def __init__(self, weight: Tensor, spec: Spec):
+        self.packed = triton.pack(weight, spec.groups)
+
+    def weight(self) -> Tensor:
+        return triton.unpack(self.packed)
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        reads = reads.multiplied()
+        return triton.run(reads.rows, self.packed, epilogue, reads.table, reads.inputs, reads.images)
+
+
 class OnRows:
     """Another backend of rows, and the epilogue step by step."""
 
@@ -269,3 +285,25 @@ class Dense:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None}
+
+
+class OnDevice(Dense):
+    """The convolution of a device's library, of maps of which every pixel is computed."""
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        reads = reads.multiplied()
+        batch = reads.rows.shape[0] // (reads.grid[0] * reads.grid[1])
+        x = reads.rows.view(batch, *reads.grid, reads.rows.shape[1]).permute(0, 3, 1, 2)
+        weight, spec = self._weights(epilogue.scale, x), self.spec
+        shift = None if epilogue.shift is None else epilogue.shift.to(x.dtype)
+        out = F.conv2d(x, weight, shift, spec.stride, spec.padding, spec.dilation, spec.groups)
+        rest = epilogue._replace(scale=None, shift=None)
+        return rest.of(out.permute(0, 2, 3, 1).flatten(0, 2).contiguous())
+
+    def _weights(self, scale: Tensor | None, x: Tensor) -> Tensor:
+        """Scaled, in channels-last memory; those of the last scale are kept."""
+        kept = self._packed  # read once, because other threads may replace it
+        if kept is None or kept[0] is not scale:
+            weight = self._weight if scale is None else (self._weight * scale[:, None, None, None]).to(x.dtype)
+            kept = self._packed = (scale, (0, 0), weight.contiguous(memory_format=torch.channels_last))
+        return kept[2]

@@ -71,9 +71,10 @@ class _Block:
 
 
 def empty(rows: int, channels: int, like: Tensor) -> Tensor:
-    """Rows (n, C), not initialised, in the workspace of the current pass if there is one and they are large."""
+    """Rows (n, C), not initialised, in the workspace of the current pass if there is one and they are large; on other
+    devices PyTorch keeps memory itself."""
     workspace = _current.get()
-    if workspace is None or use_count is None or rows * channels < LARGE:
+    if workspace is None or use_count is None or rows * channels < LARGE or like.device.type != "cpu":
         return like.new_empty(rows, channels)
     return workspace.take(rows * channels, like.dtype).view(rows, channels)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.backends import indirect
+from sparsenet.backends import indirect, triton
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window, dense_table
@@ -65,25 +66,32 @@ class _Pooling:
         assert isinstance(x, SparseFeatures)
         kernel_map = x.selection.kernel_map(x.grid, x.full, self.window, self.out_grid)
         rows = x.rows
-        if not _by_kernel(rows):
+        kernels = _kernels(rows)
+        if kernels is None:
             around = x.surrounded(self.outside)
             columns = around.index_select(0, kernel_map.table.view(-1)).view(-1, self.window.taps, rows.shape[1])
             if operation == "sum":
                 return columns.sum(1)
             # `amax` is five times as fast, but shares a tie's gradient out, where pooling gives it to the first.
             return columns.max(1).values if columns.requires_grad else columns.amax(1)
-        return indirect.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
+        pooled: Tensor = kernels.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
+        return pooled
 
     def unguided(self) -> Features | None:
         """The maximum over a map of a frozen network that no mask guides, or `None` if no kernel computes it."""
         x = self.x
         rows = as_rows(x.value)
-        if not x.selection.everything or not _by_kernel(rows) or not len(rows):
+        kernels = _kernels(rows)
+        if not x.selection.everything or kernels is None or not len(rows):
             return None
         table, each = dense_table(x.grid, self.window, self.out_grid, rows.device), x.grid[0] * x.grid[1]
-        images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
-        pooled = images[0] if len(images) == 1 else torch.cat(images)
-        value = pooled.view(len(images), *self.out_grid, -1).permute(0, 3, 1, 2)
+        batch = len(rows) // each
+        if kernels is triton:
+            pooled = triton.pool("max", rows, table, each, self.outside, batch)
+        else:
+            images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
+            pooled = images[0] if batch == 1 else torch.cat(images)
+        value = pooled.view(batch, *self.out_grid, -1).permute(0, 3, 1, 2)
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
 
 
@@ -101,9 +109,12 @@ def _out_grid(
     return height, width
 
 
-def _by_kernel(rows: Tensor) -> bool:
-    recorded = torch.is_grad_enabled() and rows.requires_grad
-    return not recorded and rows.stride(1) == 1 and indirect.unsupported(rows, 1) is None
+def _kernels(rows: Tensor) -> ModuleType | None:
+    """The backend that pools rows by a kernel, or `None`, as where a gradient is to be found."""
+    if (torch.is_grad_enabled() and rows.requires_grad) or rows.stride(1) != 1:
+        return None
+    backend = triton if rows.is_cuda else indirect
+    return backend if backend.unsupported(rows, 1) is None else None
 
 
 @rule(F.max_pool2d, torch.max_pool2d, any_form=True)
