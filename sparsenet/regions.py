@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class Regions:
             raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
         plain = frame is None or frame.originals == frame.placed == [frame.canvas] * len(frame.placed)
         if self.masks is not None and plain and len({mask.shape for mask in self.masks}) == 1:
-            return torch.stack(self.masks).to(device)
+            return torch.stack(self.masks).to(device, non_blocking=True)
         if frame is None:
             raise ValueError(
                 "boxes and per-image masks need the sizes of the images: call the selective model whole, "
@@ -64,12 +65,11 @@ class Regions:
         canvas = torch.zeros(batch, *frame.canvas, dtype=torch.bool, device=device)
         if self.masks is not None:
             for image, mask, (height, width) in zip(canvas, self.masks, frame.placed, strict=True):
-                image[:height, :width] = any_pool(mask[None].to(device), (height, width))[0]
+                image[:height, :width] = any_pool(mask[None].to(device, non_blocking=True), (height, width))[0]
         else:
-            for image, boxes in zip(canvas, self.placed_boxes(frame), strict=True):
-                for x1, y1, x2, y2 in boxes.tolist():
-                    if x2 > x1 and y2 > y1:
-                        image[int(y1) : -int(-y2 // 1), int(x1) : -int(-x2 // 1)] = True
+            boxes = [part.to(device, non_blocking=True) for part in self.placed_boxes(frame)]
+            for image, part in zip(canvas, boxes, strict=True):
+                image.copy_(_drawn(part, frame.canvas))
         return canvas
 
     def placed_boxes(self, frame: Frame) -> list[Tensor]:
@@ -81,6 +81,17 @@ class Regions:
             scale = limit / boxes.new_tensor([from_w, from_h, from_w, from_h])
             placed.append((boxes * scale).clamp(min=0).minimum(limit))
         return placed
+
+
+def _drawn(boxes: Tensor, size: Pair) -> Tensor:
+    """The pixels that boxes (boxes, 4) touch, bool (H, W): a product of lines and columns, for their numbers may lie on
+    a device that would have to be waited for."""
+    left, top, right, bottom = boxes.T[:, :, None]
+    whole = (right > left) & (bottom > top)
+    lines, columns = (torch.arange(length, device=boxes.device) for length in size)
+    lines = (lines >= top.floor()) & (lines < bottom.ceil()) & whole
+    columns = (columns >= left.floor()) & (columns < right.ceil())
+    return (lines.float().T @ columns.float()) > 0
 
 
 class Everywhere(Regions):
@@ -131,6 +142,18 @@ def any_pool(mask: Tensor, size: Pair) -> Tensor:
     coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
     pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)
     return (pooled if coarse == size else F.interpolate(pooled, size, mode="nearest"))[:, 0] > 0
+
+
+def covered(mask: Tensor, size: Pair) -> Tensor:
+    """Bool (N, H, W) to numbers (N, *size): the share of each cell that the mask covers; nearest to a finer size."""
+    return by_cells(F.adaptive_avg_pool2d, mask.float(), size)
+
+
+def by_cells(pool: Callable[[Tensor, Pair], Tensor], numbers: Tensor, size: Pair) -> Tensor:
+    """Numbers (N, H, W) to (N, *size), pooled adaptively to a coarser size, nearest to a finer one."""
+    coarse = (min(numbers.shape[1], size[0]), min(numbers.shape[2], size[1]))
+    pooled = pool(numbers[:, None], coarse)
+    return (pooled if coarse == size else F.interpolate(pooled, size, mode="nearest"))[:, 0]
 
 
 def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:

@@ -9,13 +9,14 @@ the features, a table is ready to gather by.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.constants import constant
 from sparsenet.kernels import index as index_kernels
 from sparsenet.kernels import machine
 
@@ -86,18 +87,29 @@ class TransposedWindow(Window):
 
 
 class ActiveSites:
-    """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it."""
+    """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it.
 
-    def __init__(self, mask: Tensor):
+    Args:
+        counts: how many pixels of each image are active, if that is known. What follows is then found without waiting
+            for the mask's device; otherwise the device is asked for the number.
+        by_kernel: whether compiled kernels find index and rank, and tables between such sites; by default on CPU, where
+            the number is not known.
+    """
+
+    def __init__(self, mask: Tensor, counts: list[int] | None = None, by_kernel: bool | None = None):
         self.mask = mask
+        if by_kernel is None:
+            by_kernel = counts is None and mask.device.type == "cpu" and machine.unsupported() is None
+        self.by_kernel = by_kernel
+        if counts is not None:
+            self.counts = counts
 
     @staticmethod
-    @lru_cache(maxsize=64)
-    @torch.inference_mode(False)
+    @constant(64)
     def all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
-        sites = ActiveSites(torch.ones(batch, *size, dtype=torch.bool, device=device))
-        # Computed now, outside of inference mode, because they outlive the pass.
+        mask = torch.ones(batch, *size, dtype=torch.bool, device=device)
+        sites = ActiveSites(mask, None if device.type == "cpu" else [size[0] * size[1]] * batch)
         _ = sites.index, sites.image, sites.pixel, sites.rank
         return sites
 
@@ -106,15 +118,30 @@ class ActiveSites:
         return self.mask.shape[1], self.mask.shape[2]
 
     def __len__(self) -> int:
-        return self.index.shape[0]
+        return sum(self.counts) if "counts" in self.__dict__ else self.index.shape[0]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every pixel is active."""
+        if "counts" in self.__dict__:
+            return len(self) == self.mask.numel()
+        return bool(self.mask.all())
 
     @cached_property
     def index(self) -> Tensor:
         """Position of each site in the flattened (N, H, W) grid, ascending: int64 (n,)."""
-        if _by_kernel(self.mask):
+        if self.by_kernel:
             index, self.rank = index_kernels.sites(self.mask)  # both at once
             return index
-        return self.mask.flatten().nonzero()[:, 0]
+        if "counts" not in self.__dict__:
+            return self.mask.flatten().nonzero()[:, 0]
+        nth = torch.arange(1, len(self) + 1, dtype=torch.int32, device=self.mask.device)
+        return torch.searchsorted(self._running, nth)
+
+    @cached_property
+    def _running(self) -> Tensor:
+        """How many pixels are active up to each one: int32 (N * H * W,)."""
+        return self.mask.flatten().cumsum(0, dtype=torch.int32)
 
     @cached_property
     def table(self) -> Tensor:
@@ -143,14 +170,12 @@ class ActiveSites:
     def rank(self) -> Tensor:
         """The row of each pixel, or n where it is inactive; one line and one column more than the map hold n + 1, for
         what is outside: int32 (N, H + 1, W + 1)."""
-        count, (batch, height, width) = len(self), self.mask.shape
+        count = len(self) if not self.by_kernel else len(self.index)
         if "rank" in self.__dict__:  # a kernel has found it with the sites
             found: Tensor = self.__dict__["rank"]
             return found
-        rank = _outside(batch, (height, width), self.mask.device) + count
-        places = self.read_at(Window((1, 1)), self)
-        rank.view(-1).index_copy_(0, places.view(-1).long(), torch.arange(count, dtype=torch.int32, device=rank.device))
-        return rank
+        row = (self._running - 1).view(self.mask.shape)
+        return F.pad(row.masked_fill(~self.mask, count), (0, 1, 0, 1), value=count + 1)
 
     def read_at(self, window: Reading, target: ActiveSites) -> Tensor:
         """Where in the flattened `rank` each tap of each of the target's sites reads: integers (n_out, taps)."""
@@ -196,41 +221,27 @@ class KernelMap:
         return pairs, counts
 
 
-def _by_kernel(mask: Tensor) -> bool:
-    """Whether compiled kernels find sites and tables: a dozen times as fast as PyTorch's operations on small maps."""
-    return mask.device.type == "cpu" and machine.unsupported() is None
-
-
 def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> KernelMap:
     """The kernel map of `window` from the sites it reads to the sites it must produce.
 
     There is no hash table: a tap's place is a function of the output site's coordinates, and its row a look-up in the
     rank image. Both are looked up, for a narrow network spent a tenth of its time on such small index arithmetic.
     """
-    if _by_kernel(source.mask):
+    if source.by_kernel and target.by_kernel:  # a dozen times as fast as PyTorch's operations on small maps
         index, places = target.index, _places(source.size, target.size, window, source.mask.device)
         return KernelMap(index_kernels.table(places, index, source.rank), len(source))
     place = source.read_at(window, target)
     return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@constant(64)
 def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
     """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
     source = ActiveSites.all(1, size, device)
     return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _outside(batch: int, size: Pair, device: torch.device) -> Tensor:
-    """1 in the line and column that a rank image has more than its map, 0 elsewhere: int32 (N, H + 1, W + 1)."""
-    return F.pad(torch.zeros(batch, *size, dtype=torch.int32, device=device), (0, 1, 0, 1), value=1)
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@constant(32)
 def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = window.reads(0, size[0], out_size[0], device)

@@ -87,7 +87,7 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     else:
         result = x.dense(name).mean(dims, keepdim=True, dtype=dtype)
     if selection.options.mean == "active":
-        counts = result.new_tensor(selection.sites(x.grid).counts).clamp(min=1)
+        counts = selection.sites(x.grid).mask.flatten(1).sum(1).clamp(min=1).to(result.dtype)
         result = result * (height * width / counts).view([-1 if letter == "N" else 1 for letter in x.form.order])
     result = result if keepdim else result.squeeze([dim % x.dim() for dim in dims])
     return depart(func, x, result)
