@@ -647,7 +647,7 @@ def ordinary(features: Tensor) -> Tensor:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """What tensors that are views of one another have in common, also while a tracer watches, when there is no memory."""
+    """What tensors that are views of one another have in common, also where a tracer watches and no memory is."""
     storage: Any = tensor.untyped_storage()
     return int(storage._cdata)
 

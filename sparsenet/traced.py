@@ -13,18 +13,18 @@ from sparsenet.surgery import check_model, quietly
 
 
 def traced(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """A model of `selectify(..., capacity=...)` as gathers, products and the rest of PyTorch's own operations, for inputs
-    of these very shapes: what `torch.compile(fullgraph=True)`, CUDA graphs and exporters take.
+    """A model of `selectify(..., capacity=...)` as gathers, products and the rest of PyTorch's own operations, for
+    inputs of these very shapes: what `torch.compile(fullgraph=True)`, CUDA graphs and exporters take.
 
     Guided maps are tensor subclasses whose rules are Python, which Dynamo cannot read; here the model runs once, in
-    evaluation mode, while `torch.export` writes down what is computed, by the `rows` backend. No number of active pixels
-    is asked of the device, so that nothing of that run but the shapes remains.
+    evaluation mode, while `torch.export` writes down what is computed, by the `rows` backend. No number of active
+    pixels is asked of the device, so that nothing of that run but the shapes remains.
 
         fast = torch.compile(sparsenet.traced(model, images), fullgraph=True)
 
     Args:
-        model: selective, or any other that `torch.export` takes; it is left as it is, and shares its parameters with the
-            result.
+        model: selective, or any other that `torch.export` takes; it is left as it is, and shares its parameters with
+            the result.
         example_inputs: what the model is called with, in one of the forms of `selectify`; no list of images.
 
     Returns:
@@ -46,7 +46,7 @@ def traced(model: nn.Module, example_inputs: Any) -> nn.Module:
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
     args = () if kwargs else example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     with quietly(model), context.setting(backend=None, supervision=None, observers=()):
-        module: Any = torch.export.export(model, args, kwargs, strict=False).module()
-    module.graph.eliminate_dead_code()  # questions about dtypes among it, which Dynamo does not take for operations
-    module.recompile()
-    return module  # type: ignore[no-any-return]
+        graph = torch.export.export(model, args, kwargs, strict=False).module()
+    graph.graph.eliminate_dead_code()  # questions about dtypes among it, which Dynamo does not take for operations
+    graph.recompile()
+    return graph

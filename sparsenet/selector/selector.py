@@ -95,10 +95,12 @@ class Selector(nn.Module):
         options = replace(self.options, backend=backend)
         batch, device, met = len(features), features.device, self._sizes_after(size)
         selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
-        whole = isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels)
+        given: list[Pair] = []  # the size of a mask that may be full, in a frozen network
+        if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels):
+            given = [levels.size]
         if selection.counted and options.capacity is None and not selection.dense_storage:
-            selection.prepare([*met, size, *([levels.size] if whole else [])])
-        if whole and options.capacity is None and selection.peek(levels.size).everywhere:
+            selection.prepare([*met, size, *given])
+        if options.capacity is None and any(selection.peek(each).everywhere for each in given):
             return features  # nothing is skipped: the frozen network goes on as it came
         return enter(ordinary(features), selection)
 
