@@ -1,5 +1,5 @@
-"""Static capacity: so many active pixels for each size, whatever the saliency; and masks by threshold on a device, which
-is waited for at most once in a pass."""
+"""Static capacity: so many active pixels for each size, whatever the saliency; and masks by threshold on a device,
+which is waited for at most once in a pass."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ORDER = (
     {"masked_conv", "masked_norm", "record", "stage", "plan", "hooks", "surgery", "train"},
     {"frozen_layer", "frozen_modules", "freeze", "cuda_graph", "traced", "profile"},
     {"coverage", "engines"},
-    {"bench", "sweep"},
+    {"bench", "sweep", "device_sweep"},
     {"cli", "__main__"},
 )
 LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
