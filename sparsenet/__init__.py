@@ -17,6 +17,7 @@ from sparsenet.surgery import densify as densify
 from sparsenet.surgery import plan as plan
 from sparsenet.surgery import selectify as selectify
 from sparsenet.surgery import stages as stages
+from sparsenet.traced import traced as traced
 
 del _rules
 __version__ = "0.1.0"

@@ -22,26 +22,36 @@ from torch import Tensor, nn
 from sparsenet import coverage
 from sparsenet.backends.choice import processor
 from sparsenet.context import use_backend, use_mask
-from sparsenet.engines import ENGINES, Run, bench_extra, tensors
+from sparsenet.engines import CUDA_ENGINES, ENGINES, Run, bench_extra, tensors
 from sparsenet.freeze import freeze
 from sparsenet.masks import blobs
 from sparsenet.record import record
 from sparsenet.selector import GivenMask
 from sparsenet.sites import Pair
 from sparsenet.surgery import example_inputs, plan, selectify
-from sparsenet.timing import alternate
+from sparsenet.timing import alternate, clock_of
 
 # What a selective network can be compared with, besides our own dense one: the engines, and itself on spconv.
 RIVALS = (*ENGINES, "spconv")
-TORCH = ("eager", "compile")
-PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "spconv-cu120", "spconv-cu126", "llvmlite")
+CUDA_RIVALS = (*CUDA_ENGINES, "spconv")
+TORCH = ("eager", "cudnn", "cudnn-graph", "compile")
+# What a network can compute in: its tensors' dtype, and whether products of float32 may be rounded to TF32.
+DTYPES = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+}
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "openvino", "llvmlite", "triton")
+SPCONVS = ("spconv-cu120", "spconv-cu126", "spconv-triton")
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What a network takes when only the pixels of a mask are computed, and when all are.
 
-    Contenders: "sparse", the frozen selective network; "dense", the frozen original; those of `RIVALS` that were asked
+    Contenders: "sparse", the frozen selective network; "dense", the frozen original (both as CUDA graphs on a CUDA
+    device, where the sparse one has a capacity of the density); those of `RIVALS`, or of `CUDA_RIVALS`, that were asked
     for. "spconv" is the frozen selective network on that backend, and no dense engine.
 
     Attributes:
@@ -52,7 +62,8 @@ class Comparison:
         ms: by contender, the median of a call; `quartiles`, the first and the third.
         speedup: by contender, how many times as fast as it the sparse one is: the median of the rounds' ratios.
         macs: multiply-accumulates of the selective network with this mask, and `dense_macs`, of the original.
-        best: the dense contender that the sparse one gains least over; `best_torch`, that of eager and compile.
+        device, dtype: "cpu" or "cuda", and a name of `DTYPES`.
+        best: the dense contender that the sparse one gains least over; `best_torch`, that of PyTorch's own.
         failures: by contender, why it takes no part: what it raised, or how wrong its output was.
     """
 
@@ -71,6 +82,8 @@ class Comparison:
     macs: int
     dense_macs: int
     failures: dict[str, str]
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def macs_ratio(self) -> float:
@@ -78,7 +91,7 @@ class Comparison:
 
     @property
     def best(self) -> str | None:
-        return self._best(("dense", *ENGINES))
+        return self._best(("dense", *ENGINES, *CUDA_ENGINES))
 
     @property
     def best_torch(self) -> str | None:
@@ -91,7 +104,7 @@ class Comparison:
 
     @property
     def realised_fraction_torch(self) -> float | None:
-        """The same against the best of eager and compile; `None` where neither took part."""
+        """The same against the best of PyTorch's own; `None` where neither took part."""
         return self._realised(self.best_torch)
 
     def _best(self, names: Sequence[str]) -> str | None:
@@ -111,6 +124,10 @@ class Comparison:
             rows.append((*row, faster, realised))
         return rows + [(name, "–", reason, "", "") for name, reason in self.failures.items()]
 
+    @property
+    def _where(self) -> str:
+        return f"{self.threads} threads" if self.device == "cpu" else f"{self.dtype} on {self.device}"
+
     def summary(self) -> str:
         """What was compared, and what came of it, in words."""
         realised = [
@@ -121,7 +138,7 @@ class Comparison:
         height, width = self.size
         return (
             f"{self.model}, {self.batch} × {height}×{width}, {self.density_met:.1%} active at {self.at} "
-            f"({self.stage}), {self.threads} threads, {self.repeats} rounds\n"
+            f"({self.stage}), {self._where}, {self.repeats} rounds\n"
             f"MACs ratio {self.macs_ratio:.2f} ({self.macs / 1e6:.0f} of {self.dense_macs / 1e6:.0f} MMACs)"
             + "".join(f"; {each}" for each in dict.fromkeys(realised))
         )
@@ -167,7 +184,9 @@ def compare(
     batch: int = 1,
     threads: int | None = None,
     repeats: int = 20,
-    against: Sequence[str] = RIVALS,
+    against: Sequence[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> Comparison:
     """Time a model of torchvision or timm, with random weights, on random images and a mask of blobs.
 
@@ -179,39 +198,48 @@ def compare(
         size: of the square images; by default that of the model's family.
         threads: of every contender; by default as many as PyTorch has.
         repeats: timed calls of each contender.
-        against: some of `RIVALS`.
+        against: some of `RIVALS`, or of `CUDA_RIVALS`; by default all.
+        device: "cpu" or "cuda", where the clock is CUDA events.
+        dtype: a name of `DTYPES`; on CPU "float32" alone.
 
     Raises:
-        ValueError: for what is unknown or out of range, and for two-stage detectors.
+        ValueError: for what is unknown or out of range, two-stage detectors, and "cuda" where there is none.
         RuntimeError: if the sparse network itself fails, or is wrong.
     """
-    unknown = [rival for rival in against if rival not in RIVALS]
+    place = device_of(device, dtype)
+    rivals = CUDA_RIVALS if device == "cuda" else RIVALS
+    against = rivals if against is None else against
+    unknown = [rival for rival in against if rival not in rivals]
     if unknown:
-        raise ValueError(f"unknown engine {', '.join(unknown)}: choose among {', '.join(RIVALS)}")
+        raise ValueError(f"unknown engine {', '.join(unknown)}: choose among {', '.join(rivals)}")
     for what, value in (("size", size), ("batch", batch), ("threads", threads), ("repeats", repeats)):
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1, not {value}")
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0, and 1 at most, not {density}")
-    with using_threads(threads):
+    graph = device == "cuda"
+    engines = CUDA_ENGINES if graph else ENGINES
+    with using_threads(threads), computing_in(dtype):
         torch.manual_seed(0)
         network, images = network_of(coverage.named(name).eval(), size, batch)
-        selective = selectify(network, at, selector=GivenMask(), example_inputs=images)
+        network, images = network.to(place, DTYPES[dtype][0]), images.to(place, DTYPES[dtype][0])
+        capacity = density if graph else None
+        selective = selectify(network, at, selector=GivenMask(), example_inputs=images, capacity=capacity)
         found = plan(selective)
-        mask = blobs(batch, found.size, density)
+        mask = blobs(batch, found.size, density).to(place)
         with torch.no_grad(), use_mask(mask), record(selective) as rec:
             selective(images)
         makers: dict[str, Callable[[], Run]] = {
-            "sparse": lambda: _frozen(selective, images, mask),
-            "dense": lambda: _frozen(network, images),
-            **{rival: _bound(ENGINES[rival], network, images) for rival in against if rival in ENGINES},
+            "sparse": lambda: _frozen(selective, images, mask, cuda_graph=graph),
+            "dense": lambda: _frozen(network, images, cuda_graph=graph),
+            **{rival: _bound(engines[rival], network, images) for rival in against if rival in engines},
         }
         if "spconv" in against:
             makers["spconv"] = lambda: _frozen(selective, images, mask, backend="spconv")
         runs, failures = _prepared(makers, _Truth.of(network, images), _Truth.of(selective, images, mask))
         if "sparse" in failures:
             raise RuntimeError(f"the sparse network takes no part: {failures['sparse']}")
-        seconds = alternate(runs, repeats=repeats, settle=1)
+        seconds = alternate(runs, repeats=repeats, settle=1, clock=clock_of(place))
         cuts = {run: quartiles(taken) for run, taken in seconds.items()}
         return Comparison(
             model=name,
@@ -229,7 +257,40 @@ def compare(
             macs=rec.macs,
             dense_macs=rec.dense_macs,
             failures=failures,
+            device=device,
+            dtype=dtype,
         )
+
+
+def device_of(device: str, dtype: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: where it is unknown or not there, or computes nothing of the dtype here.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"PyTorch {torch.__version__} finds no CUDA device here: measure on cpu")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if device == "cpu" and dtype != "float32":
+        raise ValueError(f"the engines compute in float32 on a CPU: measure {dtype} on cuda")
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+@contextmanager
+def computing_in(dtype: str) -> Iterator[None]:
+    """Inside, products of float32 are rounded to TF32 on CUDA devices if the dtype is "tf32", and are not otherwise."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = DTYPES[dtype][1]
+    try:
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -257,17 +318,21 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """The machine, and the versions of what is compared."""
-    versions = {}
-    for package in PACKAGES:
+    versions: dict[str, str | None] = {}
+    for package in (*PACKAGES, *SPCONVS):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    machine = {
+    machine: dict[str, Any] = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
+    if torch.cuda.is_available():
+        properties: Any = torch.cuda.get_device_properties(0)
+        machine |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return {"machine": machine, "versions": versions}
 
 
@@ -302,9 +367,11 @@ def network_of(model: nn.Module, size: int | None, batch: int) -> tuple[nn.Modul
     return model, images
 
 
-def _frozen(network: nn.Module, images: Tensor, mask: Tensor | None = None, backend: str = "auto") -> Run:
+def _frozen(
+    network: nn.Module, images: Tensor, mask: Tensor | None = None, backend: str = "auto", cuda_graph: bool = False
+) -> Run:
     with _masked(mask):
-        frozen = freeze(network, images, backend=backend)
+        frozen = freeze(network, images, backend=backend, cuda_graph=cuda_graph)
 
     @torch.inference_mode()
     def run() -> list[Tensor]:

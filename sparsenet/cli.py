@@ -68,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument(
         "--against",
         type=lambda names: names.split(","),
-        default=list(bench.RIVALS),
         metavar="ENGINE,…",
-        help=f"some of {','.join(bench.RIVALS)} (default: all)",
+        help=f"some of {','.join(bench.RIVALS)}, on cuda of {','.join(bench.CUDA_RIVALS)} (default: all)",
+    )
+    timing.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: cpu)")
+    timing.add_argument(
+        "--dtype", choices=list(bench.DTYPES), default="float32", help="on cuda, what it computes in (default: float32)"
     )
     timing.add_argument("--sweep", action="store_true", help="no model, but single 3x3 convolutions of many sizes")
     timing.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, machine and versions here")
@@ -125,6 +128,8 @@ def _bench(options: Any) -> int:
         threads=options.threads,
         repeats=options.repeats,
         against=options.against,
+        device=options.device,
+        dtype=options.dtype,
     )
     _show(found.rows())
     print(found.summary())

@@ -1,6 +1,7 @@
-"""Dense engines: each makes of a network and its images a function that runs it as fast as that engine can on a CPU.
+"""Dense engines: each makes of a network and its images a function that runs it as fast as that engine can.
 
-All compute in float32, on as many threads as PyTorch has (`torch.set_num_threads`). Packages that only the benchmark
+Those of `ENGINES` run on a CPU, in float32 and on as many threads as PyTorch has (`torch.set_num_threads`); those of
+`CUDA_ENGINES` on a CUDA device, in the dtype of the network and its images. Packages that only the benchmark
 needs are imported by the engine that wants them.
 """
 
@@ -22,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparsenet.cuda_graph import CudaGraph, Graph
 from sparsenet.timing import alternate
 
 # Runs the network on the images that it was made with, and gives the tensors of its output.
@@ -46,6 +48,32 @@ def compiled(network: nn.Module, images: Tensor) -> Run:
     run = _eager(torch.compile(_channels_last(fold(network, images)), dynamic=False), _channels_last(images))
     with inductor.patch(freezing=True):
         run()  # which compiles it
+    return run
+
+
+def cudnn(network: nn.Module, images: Tensor) -> Run:
+    """PyTorch as it is, channels last, where cuDNN's tensor cores read rows of channels."""
+    return _eager(_channels_last(fold(network, images)), _channels_last(images))
+
+
+def cudnn_graph(network: nn.Module, images: Tensor, graph: Callable[[], Graph] = CudaGraph) -> Run:
+    """The same, recorded as a CUDA graph, so that Python takes no time of it."""
+    recording = graph()
+    outputs = recording.capture(cudnn(network, images))
+
+    def run() -> list[Tensor]:
+        recording.replay()
+        found: list[Tensor] = outputs
+        return found
+
+    return run
+
+
+def autotuned(network: nn.Module, images: Tensor) -> Run:
+    """`torch.compile`, which tries all that it can generate and records CUDA graphs, channels last."""
+    compiled = torch.compile(_channels_last(fold(network, images)), dynamic=False, mode="max-autotune")
+    run = _eager(compiled, _channels_last(images))
+    run()  # which compiles it
     return run
 
 
@@ -98,6 +126,13 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     "compile": compiled,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+}
+
+
+CUDA_ENGINES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "cudnn": cudnn,
+    "cudnn-graph": cudnn_graph,
+    "compile": autotuned,
 }
 
 

@@ -238,7 +238,7 @@ class Features(torch.Tensor):
 
     def viewed_by(self, view: Features) -> Features:
         """`view`, once it is known as a view of these features."""
-        if view._value.untyped_storage().data_ptr() == self._value.untyped_storage().data_ptr():
+        if _memory_of(view._value) == _memory_of(self._value):
             view._joins(self._memory)
         else:
             view._joins(_Memory(self._memory.copies))
@@ -254,7 +254,7 @@ class Features(torch.Tensor):
 
     def replace(self, value: Tensor, full: bool) -> Features:
         """This very object with another value, as an in-place operation leaves it."""
-        moved = value.untyped_storage().data_ptr() != self._value.untyped_storage().data_ptr() or full != self.full
+        moved = _memory_of(value) != _memory_of(self._value) or full != self.full
         self._memory.lost = moved  # for the views that still read what was
         self._memory.written()
         if moved:
@@ -646,6 +646,12 @@ def ordinary(features: Tensor) -> Tensor:
     return features.value if isinstance(features, UnguidedFeatures) else features
 
 
+def _memory_of(tensor: Tensor) -> int:
+    """What tensors that are views of one another have in common, also where a tracer watches and no memory is."""
+    storage: Any = tensor.untyped_storage()
+    return int(storage._cdata)
+
+
 def _requires_grad(features: Features) -> bool:
     """Whether the wrapper itself, not its value, is in the autograd graph."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -721,9 +727,9 @@ def _lend(features: Features, dense: Tensor, result: Any) -> None:
     """
     if dense.is_inference():
         return
-    memory = dense.untyped_storage().data_ptr()
+    memory = _memory_of(dense)
     results = [result] if isinstance(result, Tensor) else tree_leaves(result)
-    if any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in results):
+    if any(isinstance(leaf, Tensor) and _memory_of(leaf) == memory for leaf in results):
         features._lent.append((dense, dense._version))
 
 
@@ -808,7 +814,8 @@ def _is_turned(departed: Departed, view: Any) -> bool:
         others == [first + 1]
         and (before[first], before[first + 1]) == (after[first + 1], after[first])
         and tuple(view.shape[first : first + 2]) in departed.grids
-        and view.data_ptr() == departed.data_ptr()
+        and _memory_of(view) == _memory_of(departed)
+        and view.storage_offset() == departed.storage_offset()
     )
 
 

@@ -17,6 +17,7 @@ from sparsenet.backends import choice, triton, winograd
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
+from sparsenet.cuda_graph import GraphedCall, check_graph
 from sparsenet.features import Features
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import (
@@ -39,7 +40,7 @@ from sparsenet.surgery import call, check_model, quietly
 DENSITY = 0.25
 
 
-def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> nn.Module:
+def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto", cuda_graph: bool = False) -> nn.Module:
     """A model for inference on this machine: the same call, the same outputs to rounding, in less time.
 
     Weights are packed once, in place of the originals. Convolutions and linear layers wait for what follows them, so
@@ -58,16 +59,30 @@ def freeze(model: nn.Module, example_inputs: Any, *, backend: str = "auto") -> n
         backend: "auto", or what computes guided layers: "indirect", "triton", "rows" or "spconv". Any but "auto" also
             keeps 3x3 convolutions from Winograd's algorithm, in which a number that is huge beside its neighbours, or
             infinite, is felt two pixels away.
+        cuda_graph: record the pass as a CUDA graph for each form of inputs, the first time that it is met, and replay
+            it then (see `sparsenet.cuda_graph`); with backend "auto" by masked dense convolutions too, of which the
+            faster is kept. For models on a CUDA device; a selective one must have a capacity. Copies of the result and
+            what was pickled run without.
 
     Raises:
-        ValueError: for an unknown backend, a model that is frozen already, and those that `selectify` refuses:
-            compiled, scripted, without numbers.
+        ValueError: for an unknown backend, a model that is frozen already, those that `selectify` refuses (compiled,
+            scripted, without numbers), and for `cuda_graph` without a CUDA device, without all weights on it, or of a
+            selective model without capacity.
     """
     check_model(model, inplace=False)
+    device = check_graph(model) if cuda_graph else None
     if backends.check(backend) == "reference":
         raise ValueError("the reference backend is not frozen: run the model as it is, inside use_backend('reference')")
     with torch.inference_mode(False):  # what is kept must notice writes, which tensors of that mode do not count
-        return _frozen(copy.deepcopy(model), tree_map_only(Tensor, _counted, example_inputs), backend)
+        frozen, layers = _frozen(copy.deepcopy(model), tree_map_only(Tensor, _counted, example_inputs), backend)
+        if device is not None:
+            selector = getattr(frozen, "selector", None)
+            selector = selector if isinstance(selector, Selector) else None
+            choices = (None,) if selector is None or backend != "auto" else (None, "reference")
+            record_calls(frozen, GraphedCall(frozen, device, lambda: [layer.kept() for layer in layers], choices))
+            if selector is None or not isinstance(selector.module, GivenMask) or context.current().regions is not None:
+                call(frozen, example_inputs)  # which records it
+        return frozen
 
 
 def _counted(tensor: Tensor) -> Tensor:
@@ -75,8 +90,13 @@ def _counted(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> nn.Module:
-    """The model itself, frozen."""
+def record_calls(model: nn.Module, graphed: GraphedCall) -> None:
+    """Let recordings stand in for a model's call, hooks and all: where `nn.Module.compile` puts what it makes of it."""
+    model._compiled_call_impl = graphed
+
+
+def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> tuple[nn.Module, list[FrozenLayer]]:
+    """The model itself, frozen, and its layers."""
     frozen = model.eval().requires_grad_(False)
     selector = getattr(frozen, "selector", None)
     if isinstance(selector, Selector):
@@ -97,7 +117,7 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> nn.Module:
     for layer in layers:
         layer.settle()
     measurements.save()
-    return frozen
+    return frozen, layers
 
 
 def _settings(model: nn.Module) -> list[AbstractContextManager[None]]:

@@ -163,6 +163,10 @@ class FrozenLayer:
             known = self._epilogues[key] = (versions, tensors, made())
         return known[2]
 
+    def kept(self) -> list[Any]:
+        """What a later pass may drop, and a recording reads: the ways, and the normalisations folded for them."""
+        return [*self._chosen.values(), *self._epilogues.values()]
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is packed for this machine."""
         chosen = {kind: [name] for kind, name in self.chosen.items()}

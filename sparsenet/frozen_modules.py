@@ -196,7 +196,10 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         # In memory of its own: what waits to read it would not see that an ordinary map was written to.
         few = channels <= layout.MOST_CHANNELS and x.is_contiguous() and x.device.type == "cpu"
         few = few and machine.unsupported() is None
-        value = layout.channels_last(x) if few else x.to(memory_format=torch.channels_last, copy=True)
+        if few:
+            value = layout.channels_last(x, workspace.empty(batch * grid[0] * grid[1], channels, x))
+        else:
+            value = x.to(memory_format=torch.channels_last, copy=True)
         held = selection or Everything(batch, x.device)
         result = self.forward(MaskedFeatures.make(value, held, grid, full=False))
         return ordinary(result).contiguous() if selection is None else result

@@ -32,7 +32,7 @@ class BeginHook:
     selector: Selector
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        context.begin_frame(_frame([*args, *kwargs.values()]))
+        context.begin_frame(frame_of([*args, *kwargs.values()]))
         for observer in context.current().observers:
             if observer.selector is self.selector:
                 observer.begin()
@@ -62,7 +62,7 @@ class EndHook:
         return part.dense("the model's output")
 
 
-def _frame(arguments: list[Any]) -> Frame | None:
+def frame_of(arguments: list[Any]) -> Frame | None:
     """The first map among a model's inputs, or else the first argument with images, a detector's list of them (its
     adapter says where it puts them; its targets may hold tensors that look like images)."""
     found = [[leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)] for argument in arguments]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsenet.sites import Pair, any_pool
+from sparsenet.constants import constant
+from sparsenet.kernels import index, machine
+from sparsenet.sites import Pair
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Regions:
             raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
         plain = frame is None or frame.originals == frame.placed == [frame.canvas] * len(frame.placed)
         if self.masks is not None and plain and len({mask.shape for mask in self.masks}) == 1:
-            return torch.stack(self.masks).to(device)
+            return torch.stack(self.masks).to(device, non_blocking=True)
         if frame is None:
             raise ValueError(
                 "boxes and per-image masks need the sizes of the images: call the selective model whole, "
@@ -63,12 +67,11 @@ class Regions:
         canvas = torch.zeros(batch, *frame.canvas, dtype=torch.bool, device=device)
         if self.masks is not None:
             for image, mask, (height, width) in zip(canvas, self.masks, frame.placed, strict=True):
-                image[:height, :width] = any_pool(mask[None].to(device), (height, width))[0]
+                image[:height, :width] = any_pool(mask[None].to(device, non_blocking=True), (height, width))[0]
         else:
-            for image, boxes in zip(canvas, self.placed_boxes(frame), strict=True):
-                for x1, y1, x2, y2 in boxes.tolist():
-                    if x2 > x1 and y2 > y1:
-                        image[int(y1) : -int(-y2 // 1), int(x1) : -int(-x2 // 1)] = True
+            boxes = [part.to(device, non_blocking=True) for part in self.placed_boxes(frame)]
+            for image, part in zip(canvas, boxes, strict=True):
+                image.copy_(_drawn(part, frame.canvas))
         return canvas
 
     def placed_boxes(self, frame: Frame) -> list[Tensor]:
@@ -80,6 +83,17 @@ class Regions:
             scale = limit / boxes.new_tensor([from_w, from_h, from_w, from_h])
             placed.append((boxes * scale).clamp(min=0).minimum(limit))
         return placed
+
+
+def _drawn(boxes: Tensor, size: Pair) -> Tensor:
+    """The pixels that boxes (boxes, 4) touch, bool (H, W): a product of lines and columns, for their numbers may lie on
+    a device that would have to be waited for."""
+    left, top, right, bottom = boxes.T[:, :, None]
+    whole = (right > left) & (bottom > top)
+    lines, columns = (torch.arange(length, device=boxes.device) for length in size)
+    lines = (lines >= top.floor()) & (lines < bottom.ceil()) & whole
+    columns = (columns >= left.floor()) & (columns < right.ceil())
+    return (lines.float().T @ columns.float()) > 0
 
 
 class Everywhere(Regions):
@@ -121,6 +135,36 @@ def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Region
         if (part[:, 2:] < part[:, :2]).any():
             raise ValueError(f"boxes of image {image} are not x1, y1, x2, y2: some have x2 < x1 or y2 < y1")
     return Regions(boxes=boxes)
+
+
+def any_pool(mask: Tensor, size: Pair) -> Tensor:
+    """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
+    if mask.shape[1:] == size:
+        return mask
+    coarser = mask.shape[1] >= size[0] and mask.shape[2] >= size[1]
+    by_kernel = mask.device.type == "cpu" and machine.unsupported() is None and not torch.compiler.is_compiling()
+    if coarser and by_kernel:  # a narrow network spent 2 % of its time on PyTorch's pooling, which takes numbers only
+        return index.any_of(mask, _cells(mask.shape[1], size[0]), _cells(mask.shape[2], size[1]))
+    return by_cells(F.adaptive_max_pool2d, mask.float(), size) > 0
+
+
+@constant(64)
+def _cells(length: int, cells: int) -> Tensor:
+    """The bounds of adaptive pooling along an axis: int32 (cells, 2)."""
+    place = torch.arange(cells)
+    return torch.stack([place * length // cells, -(-(place + 1) * length // cells)], 1).int()
+
+
+def covered(mask: Tensor, size: Pair) -> Tensor:
+    """Bool (N, H, W) to numbers (N, *size): the share of each cell that the mask covers; nearest to a finer size."""
+    return by_cells(F.adaptive_avg_pool2d, mask.float(), size)
+
+
+def by_cells(pool: Callable[[Tensor, Pair], Tensor], numbers: Tensor, size: Pair) -> Tensor:
+    """Numbers (N, H, W) to (N, *size), pooled adaptively to a coarser size, nearest to a finer one."""
+    coarse = (min(numbers.shape[1], size[0]), min(numbers.shape[2], size[1]))
+    pooled = pool(numbers[:, None], coarse)
+    return (pooled if coarse == size else F.interpolate(pooled, size, mode="nearest"))[:, 0]
 
 
 def box_cells(boxes: list[Tensor], size: Pair, stride: Pair) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,6 +20,9 @@ class Levels(Protocol):
     def mask(self, size: Pair) -> Tensor:
         """Active pixels: bool (N, *size)."""
 
+    def count(self, size: Pair) -> int | None:
+        """How many pixels of each image are active, where that follows from the size; `None` where the mask tells."""
+
     def gate(self, size: Pair) -> Tensor | None:
         """The mask as numbers (N, 1, *size) with a straight-through gradient, or `None` where it takes none."""
 
@@ -33,8 +36,9 @@ class Operation:
 
     `status` is "guided", "dense" (a frozen layer that no mask guides), "reduction" (over space: the result is an
     ordinary tensor by nature), "exit" (the features became an ordinary tensor, for `reason`), "reentry" (an ordinary
-    map took up its sites again) or "output" (the model gave the features to its caller, as an ordinary tensor). MACs
-    are of the whole batch: `macs` as computed at active pixels, `dense_macs` as the original would compute them.
+    map took up its sites again), "wait" (for the device, to learn how many pixels of a size are active that no pass had
+    met) or "output" (the model gave the features to its caller, as an ordinary tensor). MACs are of the whole batch:
+    `macs` as computed at active pixels, `dense_macs` as the original would compute them.
     """
 
     name: str
@@ -81,14 +85,21 @@ class Options:
         strict: raise where features leave the guided region.
         reenter: let what left, and comes to a convolution as a map of the same size, take up its sites again.
         mean: what a mean over space divides by, "all" pixels of the map or the "active" ones.
+        capacity: the share of the pixels of each size that is active in each image, or `None` for as many as matter.
     """
 
     backend: str = "auto"
     strict: bool = False
     reenter: bool = False
     mean: str = "all"
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
+        if self.capacity is not None and not 0 < self.capacity <= 1:
+            raise ValueError(
+                f"capacity must be a share of the pixels, above 0 and 1 at most, not {self.capacity!r}: 0.3 keeps the "
+                "strongest 30 % of each image, None as many as matter"
+            )
         if self.mean not in ("all", "active"):
             raise ValueError(f"mean must be 'all' (pixels of the map) or 'active', not {self.mean!r}")
 
@@ -107,6 +118,9 @@ class Selection:
         observers: who is told of the pass.
         owner: the selector whose pass it is.
         live: whether masks take gradient, for which the dense storage is needed.
+        counted: whether sites are made of their number, which is known of a capacity, and is otherwise asked of the
+            device for all sizes at once; by default wherever waiting for a mask costs something, which is not on CPU.
+        met: the sizes that earlier passes of this size have met, counted at the entry; new ones are added.
     """
 
     everything = False
@@ -121,6 +135,8 @@ class Selection:
         observers: tuple[Observer, ...] = (),
         owner: nn.Module | None = None,
         live: bool = False,
+        counted: bool | None = None,
+        met: dict[Pair, None] | None = None,
     ):
         self.levels = levels
         self.batch = batch
@@ -131,7 +147,10 @@ class Selection:
         self.owner = owner
         self.dense_storage = live or options.backend == "reference"
         self.followed = options.reenter or any(observer.follows for observer in observers)
-        self._sites: dict[Pair, ActiveSites] = {}
+        self.counted = counted if counted is not None else device.type != "cpu" or torch.compiler.is_compiling()
+        self.met = {} if met is None else met
+        self._known: dict[Pair, ActiveSites] = {}
+        self._sites: dict[Pair, ActiveSites] = {}  # what the pass has met of them
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
         self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
@@ -146,8 +165,32 @@ class Selection:
 
     def sites(self, size: Pair) -> ActiveSites:
         if size not in self._sites:
-            self._sites[size] = ActiveSites(self.levels.mask(size))
+            waits = self.counted and size not in self._known and self.levels.count(size) is None
+            if waits and not self.dense_storage:
+                reason = "no pass had met the size, so that its active pixels were not counted at the entry"
+                self.report(Operation("mask", "wait", size, reason=reason))
+            self._sites[size] = self.peek(size)
+            self.met[size] = None
         return self._sites[size]
+
+    def peek(self, size: Pair) -> ActiveSites:
+        """The sites of a size, which do not count as met by that."""
+        if size not in self._known:
+            self.prepare([size])
+        return self._known[size]
+
+    def prepare(self, sizes: Iterable[Pair]) -> None:
+        """Find the sites of these sizes. Where they are to be counted, the device is waited for once at most."""
+        masks = {size: self.levels.mask(size) for size in sizes}
+        counts: dict[Pair, list[int]] = {}
+        if self.counted:
+            known = {size: self.levels.count(size) for size in masks}
+            counts |= {size: [count] * self.batch for size, count in known.items() if count is not None}
+            unknown = [size for size in masks if size not in counts]
+            if unknown and not self.dense_storage:  # which has all pixels, however many are active
+                each = torch.stack([masks[size].flatten(1).sum(1) for size in unknown])
+                counts |= zip(unknown, each.tolist(), strict=True)  # here it waits
+        self._known |= {size: ActiveSites(mask, counts.get(size)) for size, mask in masks.items()}
 
     def everywhere(self, size: Pair) -> ActiveSites:
         """All pixels of a resolution: what full features have."""
@@ -231,6 +274,9 @@ class _AllPixels:
 
     def mask(self, size: Pair) -> Tensor:
         return ActiveSites.all(self.batch, size, self.device).mask
+
+    def count(self, size: Pair) -> int | None:
+        return size[0] * size[1]
 
     def gate(self, size: Pair) -> Tensor | None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.constants import constant
 from sparsenet.kernels import index as index_kernels
 from sparsenet.kernels import machine, triton_support
 
@@ -108,18 +109,29 @@ class TileReading:
 
 
 class ActiveSites:
-    """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it."""
+    """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it.
 
-    def __init__(self, mask: Tensor):
+    Args:
+        counts: how many pixels of each image are active, if that is known. What follows is then found without waiting
+            for the mask's device; otherwise the device is asked for the number.
+        by_kernel: whether compiled kernels find index and rank, and tables between such sites; by default on CPU, where
+            the number is not known.
+    """
+
+    def __init__(self, mask: Tensor, counts: list[int] | None = None, by_kernel: bool | None = None):
         self.mask = mask
+        if by_kernel is None:
+            by_kernel = counts is None and mask.device.type == "cpu" and machine.unsupported() is None
+        self.by_kernel = by_kernel
+        if counts is not None:
+            self.counts = counts
 
     @staticmethod
-    @lru_cache(maxsize=64)
-    @torch.inference_mode(False)
+    @constant(64)
     def all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
-        sites = ActiveSites(torch.ones(batch, *size, dtype=torch.bool, device=device))
-        # Computed now, outside of inference mode, because they outlive the pass.
+        mask = torch.ones(batch, *size, dtype=torch.bool, device=device)
+        sites = ActiveSites(mask, None if device.type == "cpu" else [size[0] * size[1]] * batch)
         _ = sites.index, sites.image, sites.pixel, sites.rank
         return sites
 
@@ -128,17 +140,32 @@ class ActiveSites:
         return self.mask.shape[1], self.mask.shape[2]
 
     def __len__(self) -> int:
-        return self.index.shape[0]
+        return sum(self.counts) if "counts" in self.__dict__ else self.index.shape[0]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every pixel is active."""
+        if "counts" in self.__dict__:
+            return len(self) == self.mask.numel()
+        return bool(self.mask.all())
 
     @cached_property
     def index(self) -> Tensor:
         """Position of each site in the flattened (N, H, W) grid, ascending: int64 (n,)."""
-        kernels = _kernels(self.mask.device)
+        kernels = index_kernels if self.by_kernel else None if "counts" in self.__dict__ else _on(self.mask.device)
         if kernels is not None:
             index: Tensor
             index, self.rank = kernels.sites(self.mask)  # both at once
             return index
-        return self.mask.flatten().nonzero()[:, 0]
+        if "counts" not in self.__dict__:
+            return self.mask.flatten().nonzero()[:, 0]
+        nth = torch.arange(1, len(self) + 1, dtype=torch.int32, device=self.mask.device)
+        return torch.searchsorted(self._running, nth)
+
+    @cached_property
+    def _running(self) -> Tensor:
+        """How many pixels are active up to each one: int32 (N * H * W,)."""
+        return self.mask.flatten().cumsum(0, dtype=torch.int32)
 
     @cached_property
     def image(self) -> Tensor:
@@ -162,14 +189,12 @@ class ActiveSites:
     def rank(self) -> Tensor:
         """The row of each pixel, or n where it is inactive; one line and one column more than the map hold n + 1, for
         what is outside: int32 (N, H + 1, W + 1)."""
-        count, (batch, height, width) = len(self), self.mask.shape
+        count = len(self) if not self.by_kernel else len(self.index)
         if "rank" in self.__dict__:  # a kernel has found it with the sites
             found: Tensor = self.__dict__["rank"]
             return found
-        rank = _outside(batch, (height, width), self.mask.device) + count
-        places = self.read_at(Window((1, 1)), self)
-        rank.view(-1).index_copy_(0, places.view(-1).long(), torch.arange(count, dtype=torch.int32, device=rank.device))
-        return rank
+        row = (self._running - 1).view(self.mask.shape)
+        return F.pad(row.masked_fill(~self.mask, count), (0, 1, 0, 1), value=count + 1)
 
     def read_at(self, window: Reading, target: ActiveSites) -> Tensor:
         """Where in the flattened `rank` each tap of each of the target's sites reads: integers (n_out, taps)."""
@@ -234,12 +259,9 @@ class KernelMap:
         return pairs, counts
 
 
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The compiled kernels that find sites and tables, or `None`: on CPU a dozen times as fast as PyTorch's operations
-    on small maps, on GPUs a launch in place of several."""
-    if device.type == "cpu":
-        return index_kernels if machine.unsupported() is None else None
-    if device.type == "cuda" and triton_support.missing() is None:
+def _on(device: torch.device) -> ModuleType | None:
+    """The kernels of a GPU, a launch in place of several of PyTorch's operations, or `None`."""
+    if device.type == "cuda" and triton_support.missing() is None and not torch.compiler.is_compiling():
         return importlib.import_module("sparsenet.kernels.triton_index")
     return None
 
@@ -250,7 +272,8 @@ def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> Ker
     There is no hash table: a tap's place is a function of the output site's coordinates, and its row a look-up in the
     rank image. Both are looked up, for a narrow network spent a tenth of its time on such small index arithmetic.
     """
-    kernels = _kernels(source.mask.device)
+    # On CPU a dozen times as fast as PyTorch's operations on small maps.
+    kernels = index_kernels if source.by_kernel and target.by_kernel else _on(source.mask.device)
     if kernels is not None:
         index, places = target.index, _places(source.size, target.size, window, source.mask.device)
         return KernelMap(kernels.table(places, index, source.rank), len(source))
@@ -278,58 +301,27 @@ def tiles(source: ActiveSites, window: Reading, target: ActiveSites) -> Tiles:
     return Tiles(reads, kernel_map(target, Window((2, 2), (2, 2)), each).table)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@constant(64)
 def _pairs(length: int) -> Tensor:
     """The bounds of two lines each: int32 (length / 2, 2)."""
     first = torch.arange(0, length, 2, dtype=torch.int32)
     return torch.stack([first, (first + 2).clamp(max=length)], 1)
 
 
-def any_pool(mask: Tensor, size: Pair) -> Tensor:
-    """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
-    if mask.shape[1:] == size:
-        return mask
-    coarse = (min(mask.shape[1], size[0]), min(mask.shape[2], size[1]))
-    if _kernels(mask.device) is index_kernels:
-        pooled = index_kernels.any_of(mask, *map(_cells, mask.shape[1:], coarse))
-    else:
-        pooled = F.adaptive_max_pool2d(mask[:, None].float(), coarse)[:, 0] > 0
-    return pooled if coarse == size else F.interpolate(pooled[:, None].float(), size, mode="nearest")[:, 0] > 0
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _cells(length: int, cells: int) -> Tensor:
-    """The bounds of adaptive pooling along an axis: int32 (cells, 2)."""
-    place = torch.arange(cells)
-    return torch.stack([place * length // cells, -(-(place + 1) * length // cells)], 1).int()
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@constant(64)
 def dense_tiles(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tiles:
     """The tiles of a convolution of all pixels of one image."""
     return tiles(ActiveSites.all(1, size, device), window, ActiveSites.all(1, out_size, device))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@constant(64)
 def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
     """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
     source = ActiveSites.all(1, size, device)
     return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _outside(batch: int, size: Pair, device: torch.device) -> Tensor:
-    """1 in the line and column that a rank image has more than its map, 0 elsewhere: int32 (N, H + 1, W + 1)."""
-    return F.pad(torch.zeros(batch, *size, dtype=torch.int32, device=device), (0, 1, 0, 1), value=1)
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
+@constant(32)
 def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = window.reads(0, size[0], out_size[0], device)

@@ -40,6 +40,7 @@ def selectify(
     strict: bool = False,
     reenter: bool = False,
     mean: str = "all",
+    capacity: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Insert a selector after a stage; what follows computes only the pixels that it selects.
@@ -61,6 +62,12 @@ def selectify(
             (CoAtNet, MobileViT), whose blocks return to the grid that they left.
         mean: what a mean over space divides by: "all" pixels of the map, as the dense network does, or the "active"
             ones.
+        capacity: the share of the pixels that is active in each image, at every size: the max(1, round(capacity·H·W))
+            of the strongest saliency, of equal ones the first; maps of 3x3 and below are always on. Every shape then
+            follows from the input's, so that no pass waits to learn how many pixels matter, `sparsenet.traced` and CUDA
+            graphs (`sparsenet.freeze`) can take the model, and a pass takes the same time whatever the images show. A
+            given mask is a ranking then: those cells are active which it covers most. By default as many pixels are
+            active as pass the saliency's threshold, or as the mask has.
         inplace: change `model` itself and keep the identity of its parameters; by default a deep copy is changed.
 
     Returns:
@@ -68,15 +75,16 @@ def selectify(
         Guided `nn.Conv2d` have become `MaskedConv2d`.
 
     Raises:
-        ValueError: for an unknown stage, a stage whose output is no 4-D map or which no convolution follows, a model
-            that has an attribute `selector`, inputs that cannot be guessed, and models whose modules cannot be watched
-            or hold no numbers yet: compiled, scripted, on the meta device, or (in place) with lazy parameters.
+        ValueError: for a capacity that is no share, an unknown stage, a stage whose output is no 4-D map or which no
+            convolution follows, a model that has an attribute `selector`, inputs that cannot be guessed, and models
+            whose modules cannot be watched or hold no numbers yet: compiled, scripted, on the meta device, or (in
+            place) with lazy parameters.
         RuntimeError: when the stage never fires.
         Nothing of `model` is changed then.
     """
     from sparsenet import adapters
 
-    options = Options(backends.check(backend), strict, reenter, mean)
+    options = Options(backends.check(backend), strict, reenter, mean, capacity)
     if hasattr(model, "selector"):
         raise ValueError(
             "the model has an attribute 'selector', which is where sparsenet puts its branch: rename it"
@@ -208,7 +216,7 @@ def check_model(model: nn.Module, inplace: bool) -> None:
 
 def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], options: Options) -> Plan:
     """Run the model once with every pixel active behind `stage`, and write down what happens. Leaves no trace."""
-    probe = _Probe(Selector(nn.Identity(), 0, replace(options, strict=False)))
+    probe = _Probe(Selector(nn.Identity(), 0, replace(options, strict=False, capacity=None)))
     rows_backend = "rows" if options.backend in ("auto", "reference") else options.backend  # whose falls back, is named
     module = model.get_submodule(stage)
     outputs: list[Tensor] = []

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 
+import sparsenet
+
 # -- masks -----------------------------------------------------------------------------------------------------
 
 
@@ -185,3 +187,34 @@ def small_ssd(classes: int = 4, width: int = 8) -> SSD:
 
 def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
+class Branches(nn.Module):
+    """A stem, a strided block with a shortcut, pooling, resizing, a grouped layer and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(8, 12, 1, stride=2)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        x = torch.relu(self.down(x) + self.shortcut(x))
+        x = nn.functional.max_pool2d(self.grouped(x), 3, 2, 1)
+        x = nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def selective_branches(capacity: float | None = 0.3, dtype: torch.dtype = torch.float64) -> Any:
+    """`Branches` behind its stem, with a selector whose logits differ from pixel to pixel."""
+    torch.manual_seed(0)
+    selector = sparsenet.SelectiveModule(8, 8)
+    nn.init.normal_(selector.logit.weight)
+    example = torch.rand(1, 3, 20, 20, dtype=dtype)
+    model = Branches().to(dtype).eval()
+    return sparsenet.selectify(model, "stem", selector=selector, capacity=capacity, example_inputs=example)

@@ -157,3 +157,29 @@ def test_calls_that_settle_are_not_timed() -> None:
     seconds = alternate(functions, repeats=2, warmup=1, settle=2)
     assert "".join(calls) == "aaabbbbbbaaaaaabbb"
     assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, "unknown device 'tpu': choose cpu or cuda"),
+        ({"dtype": "int8"}, "unknown dtype 'int8': choose one of float32, tf32, float16, bfloat16"),
+        ({"dtype": "float16"}, "the engines compute in float32 on a CPU: measure float16 on cuda"),
+        pytest.param(
+            {"device": "cuda"},
+            "finds no CUDA device here: measure on cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device"),
+        ),
+    ],
+)
+def test_devices_that_are_not_there(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.compare("resnet18", "layer1", 0.3, **arguments)  # type: ignore[arg-type]
+
+
+def test_tf32_is_as_it_was_afterwards() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for dtype, allowed in {"tf32": True, "float32": False, "float16": False}.items():
+        with bench.computing_in(dtype):
+            assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)

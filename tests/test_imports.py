@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 
 # Each may import its own row and those before it: docs/design.md, "Layout and direction".
 ORDER = (
-    {"kernels"},
+    {"kernels", "constants"},
     {"sites", "form", "regions", "masks", "timing", "calls", "macs"},
     {"backends"},
     {"selection", "work", "context", "features", "rules"},
     {"selector"},
     {"masked_conv", "masked_norm", "record", "stage", "plan", "hooks", "surgery", "train"},
-    {"frozen_layer", "frozen_modules", "freeze", "profile"},
+    {"frozen_layer", "frozen_modules", "freeze", "cuda_graph", "traced", "profile"},
     {"coverage", "engines"},
-    {"bench", "sweep"},
+    {"bench", "sweep", "device_sweep"},
     {"cli", "__main__"},
 )
 LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}

@@ -1,7 +1,6 @@
 """Kernel maps against two plain loops over an index image, which `F.pad` has padded."""
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.sites import ActiveSites, KernelMap, Window, _outside, _places, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Window, _places, kernel_map
 from tests import strategies
 from tests.strategies import Conv
 
@@ -76,19 +75,24 @@ def test_a_full_map_has_no_inactive_pixel(problem: tuple[Conv, Tensor, Tensor]) 
 
 @given(problems())
 def test_without_kernels_sites_and_tables_are_the_same(problem: tuple[Conv, Tensor, Tensor]) -> None:
-    """PyTorch's index arithmetic, which runs elsewhere than on CPU."""
+    """PyTorch's index arithmetic, which runs elsewhere than on CPU, of sites whose number is known and is not."""
     conv, source, target = problem
     (top, _), (left, _) = conv.pads
     window = Window(conv.kernel, conv.stride, (top, left), conv.dilation, conv.padding_mode)
     found = kernel_map(ActiveSites(source), window, ActiveSites(target))
-    with mock.patch("sparsenet.sites._kernels", lambda device: None):
-        sites = ActiveSites(source)
-        expected = kernel_map(sites, window, ActiveSites(target))
     kernels = ActiveSites(source)
-    assert torch.equal(kernels.index, sites.index)
-    assert torch.equal(kernels.rank, sites.rank)
-    assert torch.equal(found.table, expected.table)
-    assert found.inputs == expected.inputs
+    for counted in (True, False):
+        sites, others = (
+            ActiveSites(mask, mask.flatten(1).sum(1).tolist() if counted else None, by_kernel=False)
+            for mask in (source, target)
+        )
+        expected = kernel_map(sites, window, others)
+        assert len(sites) == len(kernels)
+        for name in ("index", "rank", "image", "pixel", "counts"):
+            one, other = getattr(kernels, name), getattr(sites, name)
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        assert torch.equal(found.table, expected.table)
+        assert found.inputs == expected.inputs
 
 
 @given(strategies.masks())
@@ -119,7 +123,6 @@ def test_what_is_kept_between_passes_may_take_part_in_gradients() -> None:
         kernel_map(everywhere, window, ActiveSites(torch.rand(2, *size) < 0.5))
         kept = [everywhere.mask, everywhere.index, everywhere.image, everywhere.pixel, everywhere.rank]
     kept.append(_places(size, size, window, torch.device("cpu")))
-    kept.append(_outside(2, size, torch.device("cpu")))
     assert not any(tensor.is_inference() for tensor in kept)
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from sparsenet.backends import winograd
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.kernels import machine
-from sparsenet.sites import ActiveSites, TileReading, Window, any_pool, kernel_map, tiles
+from sparsenet.regions import any_pool
+from sparsenet.sites import ActiveSites, TileReading, Window, kernel_map, tiles
 from tests import strategies
 from tests.strategies import PADDING_MODES
 

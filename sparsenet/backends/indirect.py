@@ -45,6 +45,8 @@ class Packed:
 
 
 def unsupported(weight: Tensor, groups: int) -> str | None:
+    if torch.compiler.is_compiling():
+        return "its kernels cannot be traced"
     if weight.device.type != "cpu":
         return "its kernels are for CPUs"
     if weight.dtype not in (torch.float32, torch.float64):

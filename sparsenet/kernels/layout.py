@@ -17,10 +17,11 @@ MOST_CHANNELS = 4
 PIECE = 1 << 13
 
 
-def channels_last(images: Tensor) -> Tensor:
-    """A copy of images (N, C, H, W), contiguous float32 or float64, in channels-last memory."""
+def channels_last(images: Tensor, rows: Tensor) -> Tensor:
+    """A copy of images (N, C, H, W), contiguous float32 or float64, in channels-last memory: that of `rows`
+    (N * H * W, C)."""
     batch, channels, height, width = images.shape
-    result = torch.empty_like(images, memory_format=torch.channels_last)
+    result = rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
     pieces = -(-(height * width) // PIECE)
     job = (images.data_ptr(), result.data_ptr(), height * width, batch, PIECE, pieces, 0)
     threads = torch.get_num_threads() if images.numel() > PIECE else 1

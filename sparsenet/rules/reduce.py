@@ -74,7 +74,10 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     if x.form.padding is not None:
         raise Leaves(x.form.description)
     selection.report(Operation(name, "reduction", x.grid))
-    if isinstance(x, SparseFeatures | UnguidedFeatures):
+    if x.dtype is torch.float32 and dtype is None and _of_a_layer(x):
+        # Of a frozen layer's result no more than is needed: squeeze-and-excitation asks in every block.
+        result = x.form.present((x.computed().sum(0) / (height * width))[None, :, None, None])
+    elif isinstance(x, SparseFeatures | UnguidedFeatures):
         x.note_reading(name)
         dtype = x.dtype if dtype is None else dtype
         rows = as_rows(x.restricted()).to(torch.promote_types(dtype, torch.float32))  # where a sum has its place
@@ -87,7 +90,12 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     else:
         result = x.dense(name).mean(dims, keepdim=True, dtype=dtype)
     if selection.options.mean == "active":
-        counts = result.new_tensor(selection.sites(x.grid).counts).clamp(min=1)
+        counts = selection.sites(x.grid).mask.flatten(1).sum(1).clamp(min=1).to(result.dtype)
         result = result * (height * width / counts).view([-1 if letter == "N" else 1 for letter in x.form.order])
     result = result if keepdim else result.squeeze([dim % x.dim() for dim in dims])
     return depart(func, x, result)
+
+
+def _of_a_layer(x: Features) -> bool:
+    """Whether its rows are what a frozen layer gives for one image, and all that a mean is of."""
+    return (x._work is not None or x._rows is not None) and x.selection.batch == 1 and not x.full

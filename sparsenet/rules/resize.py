@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.constants import constant
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, rule
 from sparsenet.sites import Pair
 
@@ -39,11 +40,13 @@ class Resizing:
 
     def weights(self, axis: int, length: int, like: Tensor) -> Tensor:
         """Of each tap of every output coordinate along an axis: (out_length, taps)."""
-        return self._axis(axis, length)[1].to(like)
+        return self._weights(axis, length, like.dtype, like.device)
 
-    @lru_cache(maxsize=256)  # noqa: B019 - hashable, small, and few
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @constant(64)
+    def _weights(self, axis: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._axis(axis, length)[1].to(device, dtype)
+
+    @constant(256)
     def _axis(self, axis: int, length: int) -> tuple[Tensor, Tensor]:
         def along(number: Any, other: Any) -> Any:
             return (number, other) if axis == 0 else (other, number)

@@ -14,9 +14,13 @@ from sparsenet.features import Features, enter, ordinary
 from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
+from sparsenet.sites import Pair
 
 if TYPE_CHECKING:
     from sparsenet.plan import Plan
+
+# Sizes of the entry whose following sizes are remembered.
+MOST_SIZES = 64
 
 
 class GivenMask(nn.Module):
@@ -49,9 +53,13 @@ class Selector(nn.Module):
         module: features (N, C, H, W) to logits (N, 1, H, W), such as a `SelectiveModule`.
         octaves: how many learned downsamplings of the saliency the network needs.
         options: what `selectify` was told.
+
+    Attributes:
+        counted: see `Selection`.
     """
 
     threshold = 0.5
+    counted: bool | None = None
     plan: Plan
 
     def __init__(self, module: nn.Module, octaves: int, options: Options = Options()):  # noqa: B008 - frozen
@@ -59,6 +67,7 @@ class Selector(nn.Module):
         self.module = module
         self.down = nn.ModuleDict({str(k): _downsampler() for k in range(1, octaves + 1)})
         self.options = options
+        self._met: dict[Pair, dict[Pair, None]] = {}  # by size of the entry, the sizes that passes have met after it
 
     def forward(self, x: Any) -> Any:
         return x
@@ -84,15 +93,30 @@ class Selector(nn.Module):
             )
         size = (features.shape[2], features.shape[3])
         options = replace(self.options, backend=backend)
-        selection = Selection(levels, len(features), size, features.device, options, observers, self, live)
-        if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels) and levels.full:
+        batch, device, met = len(features), features.device, self._sizes_after(size)
+        selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
+        given: list[Pair] = []  # the size of a mask that may be full, in a frozen network
+        if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels):
+            given = [levels.size]
+        if selection.counted and options.capacity is None and not selection.dense_storage:
+            selection.prepare([*met, size, *given])
+        if options.capacity is None and any(selection.peek(each).everywhere for each in given):
             return features  # nothing is skipped: the frozen network goes on as it came
         return enter(ordinary(features), selection)
+
+    def _sizes_after(self, entry: Pair) -> dict[Pair, None]:
+        """The sizes that follow an entry of this size, as far as the dry run and earlier passes have met them."""
+        if not self._met and hasattr(self, "plan"):
+            self._met[self.plan.size] = dict.fromkeys(self.plan.sizes)
+        if len(self._met) >= MOST_SIZES:
+            self._met = {}
+        return self._met.setdefault(entry, {})
 
     def _levels(self, features: Tensor) -> Levels:
         settings = context.current()
         if settings.regions is not None:
-            return GivenLevels(settings.regions.entry_mask(context.frame(), len(features), features.device))
+            mask = settings.regions.entry_mask(context.frame(), len(features), features.device)
+            return GivenLevels(mask, self.options.capacity)
         logits = ordinary(self.module(features))
         expected = (len(features), 1, *features.shape[2:])
         if logits.shape == (expected[0], *expected[2:]):
@@ -102,7 +126,7 @@ class Selector(nn.Module):
         supervision = settings.supervision
         live = supervision is None and self.training and torch.is_grad_enabled() and logits.requires_grad
         target = None if supervision is None else supervision.warmup_target(context.frame(), len(features))
-        levels = LearnedLevels(logits, self.down, self.threshold, live, target)
+        levels = LearnedLevels(logits, self.down, self.threshold, live, target, self.options.capacity)
         if supervision is not None:
             supervision.observe(levels, context.frame())
         if settings.stop_at == "selector":
