@@ -6,7 +6,10 @@ operations.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsenet.plan import Plan
 
 if __name__ != "sparsenet.adapters":
     raise ImportError("import sparsenet.adapters: the name 'adapters' belongs to another project")
@@ -28,6 +31,11 @@ class Adapter:
     def fills(self, model: nn.Module) -> dict[str, Tensor]:
         """By path of a convolution: what its output holds at inactive pixels, (out_channels,)."""
         return {}
+
+    def near_heads(self, model: nn.Module, plan: Plan) -> frozenset[str] | None:
+        """Paths of the guided convolutions whose results the heads read, and of the heads' own: where indirect
+        supervision lets gradient reach the mask. `None` where the family does not say."""
+        return None
 
     def attach(self, model: nn.Module) -> None:
         """Whatever the family needs beside masked convolutions, after surgery."""

@@ -97,7 +97,7 @@ def active_anchors(generator: Any, batch: int) -> Tensor | None:
     """
     sources = _sources.get([])
     guided = [source for source in sources if isinstance(source, Features)]
-    if not guided or any(source.gate_is_live() for source in guided):
+    if not guided or any(source.selection.live for source in guided):
         return None
     parts = []
     for source, anchors in zip(sources, generator.num_anchors_per_location(), strict=True):

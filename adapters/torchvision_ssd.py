@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD
 
 from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector, active_anchors
+from sparsenet.plan import Plan
 
 
 class TorchvisionSSD(Detector):
@@ -29,6 +30,18 @@ class TorchvisionSSD(Detector):
             for path, conv in head.named_modules()
             if isinstance(conv, nn.Conv2d) and conv.out_channels % head.num_columns == 0 and conv.groups == 1
         }
+
+    def near_heads(self, model: Any, plan: Plan) -> frozenset[str]:
+        """What a head's convolution reads comes of the backbone's last one of that size and number of channels (in
+        SSD300: conv4_3, fc7, conv6_2 ... conv9_2). The heads' own belong to them: a pixel deep inside an ignored area
+        has an effect there only, and without gradient from there could never return."""
+        modules = dict(model.named_modules())
+        steps = [step for step in plan.steps if isinstance(modules[step.path], nn.Conv2d)]
+        heads = [step for step in steps if step.path.startswith("head.")]
+        backbone = [step for step in steps if not step.path.startswith("head.")]
+        made = {(step.operation.size, modules[step.path].out_channels): step.path for step in backbone}
+        read = {made.get((step.operation.size, modules[step.path].in_channels)) for step in heads}
+        return frozenset(step.path for step in heads) | frozenset(path for path in read if path is not None)
 
     def methods(self, model: Any) -> list[tuple[nn.Module, str, Any]]:
         return [

@@ -18,7 +18,7 @@ from sparsenet.regions import Frame, Regions, check_regions
 
 if TYPE_CHECKING:
     from sparsenet.selection import Observer
-    from sparsenet.train import DirectSupervision
+    from sparsenet.selector.supervision import Supervision
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
 
     regions: Regions | None = None
     backend: str | None = None
-    supervision: DirectSupervision | None = None
+    supervision: Supervision | None = None
     stop_at: Literal["stage", "selector"] | None = None
     observers: tuple[Observer, ...] = ()
 

@@ -157,7 +157,7 @@ class Features(torch.Tensor):
         *,
         full: bool,
         fill: Tensor | None = None,
-        live: bool = True,
+        live: bool | None = None,
         form: Form | None = None,
     ) -> Features:
         """Features of a value.
@@ -166,13 +166,15 @@ class Features(torch.Tensor):
             value: the storage's value, channels in dimension 1.
             grid: (H, W) of the map.
             fill: what inactive pixels hold when the features leave the region, (C,); zero if `None`.
-            live: whether reading through the mask gives the mask gradient.
+            live: whether reading through the mask gives the mask gradient, where masks take any; `None`: unless the
+                pass leaves that to certain layers.
             form: how its logical dimensions lie; (N, C, H, W) if `None`.
         """
         form = Form.plain_of(value.shape[1]) if form is None else form
+        live = selection.live_layers is None if live is None else live
         if torch.is_grad_enabled():
             # Where the mask alone takes gradient, the wrapper is in the graph too, so that losing it is noticed.
-            tie = None if value.requires_grad else cls._gate(selection, grid, live)
+            tie = None if value.requires_grad or not live else cls._gate(selection, grid, live)
             if value.requires_grad or tie is not None:
                 return _Enter.apply(value, tie, cls, selection, grid, full, fill, live, form)
         return cls._wrap(value, selection, grid, full, fill, live, form)
@@ -423,7 +425,7 @@ class Features(torch.Tensor):
     def dense(self, reader: str) -> Tensor:
         """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read."""
         self.note_reading(reader)
-        masked = self._masked() if self.fill is None or self.gate is not None else self._filled(self.fill)
+        masked = self._masked() if self.fill is None or self.selection.live else self._filled(self.fill)
         return self.form.present(masked)
 
     def note_reading(self, reader: str) -> None:
@@ -502,7 +504,10 @@ class MaskedFeatures(Features):
 
     @classmethod
     def _gate(cls, selection: Selection, grid: Pair, live: bool) -> Tensor | None:
-        return selection.gate(grid) if live else None
+        if live:
+            return selection.gate(grid)
+        gate = selection.gate(grid) if selection.soft else None
+        return None if gate is None else gate.detach()
 
     def gate_is_live(self) -> bool:
         return self._live and self.selection.levels.gate(self.grid) is not None

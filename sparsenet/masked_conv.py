@@ -8,7 +8,7 @@ from sparsenet.features import Departed, Features, Leaves
 from sparsenet.rules.conv import masked_conv2d
 
 
-def by_rule(conv: nn.Conv2d, x: Features, backend: str, fill: Tensor | None) -> Features:
+def by_rule(conv: nn.Conv2d, x: Features, backend: str, fill: Tensor | None, live: bool | None = None) -> Features:
     """A module's convolution of guided features: see `masked_conv2d`."""
     return masked_conv2d(
         x,
@@ -21,6 +21,7 @@ def by_rule(conv: nn.Conv2d, x: Features, backend: str, fill: Tensor | None) -> 
         padding_mode=conv.padding_mode,
         backend=backend,
         fill=fill,
+        live=live,
     )
 
 
@@ -61,7 +62,7 @@ class MaskedConv2d(nn.Conv2d):
         if not isinstance(input, Features):
             return super().forward(input)
         try:
-            return by_rule(self, input, self.backend, self.fill)
+            return by_rule(self, input, self.backend, self.fill, input.selection.live_behind(self.path))
         except Leaves:
             return super().forward(input)  # its functions leave for the same reason, as exits
 

@@ -23,6 +23,7 @@ class Plan:
 
     Attributes:
         at: the stage as asked for, and `stage`, its module path.
+        batch: how many images the example had.
         size: (H, W) at the stage; `channels` there.
         steps: operations on guided features, in order.
         sizes: every (H, W) the guided features took.
@@ -35,6 +36,7 @@ class Plan:
 
     at: str
     stage: str
+    batch: int
     size: Pair
     channels: int
     steps: tuple[Step, ...]

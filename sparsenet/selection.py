@@ -111,6 +111,9 @@ class Selection:
 
     Attributes:
         everything: whether it is of a part of a frozen network that no mask guides: see `Everything`.
+        live_layers: paths of the convolutions whose results are read through a mask that takes gradient; elsewhere it
+            is a constant. `None`: it takes gradient everywhere.
+        soft: whether reads are multiplied by probabilities, so that the numbers depend on the mask's gradient being on.
 
     Args:
         levels: where the masks come from.
@@ -124,6 +127,8 @@ class Selection:
     """
 
     everything = False
+    live_layers: frozenset[str] | None = None
+    soft = False
 
     def __init__(
         self,
@@ -145,6 +150,7 @@ class Selection:
         self.options = options
         self.observers = observers
         self.owner = owner
+        self.live = live
         self.dense_storage = live or options.backend == "reference"
         self.followed = options.reenter or any(observer.follows for observer in observers)
         self.counted = counted if counted is not None else device.type != "cpu" or torch.compiler.is_compiling()
@@ -202,12 +208,16 @@ class Selection:
         """Active pixels: bool (N, 1, *size)."""
         return self.sites(size).mask[:, None]
 
+    def live_behind(self, path: str) -> bool:
+        """Whether what a convolution gives is read through a mask that takes gradient."""
+        return self.live_layers is None or path in self.live_layers
+
     def gate(self, size: Pair) -> Tensor | None:
-        """The mask with its straight-through gradient, (N, 1, *size), or `None`: see `Levels.gate`."""
-        if not torch.is_grad_enabled():
+        """The mask as numbers with its gradient, (N, 1, *size), or `None`: see `Levels.gate`."""
+        if not (torch.is_grad_enabled() or self.soft):
             return None
         if size not in self._gates:
-            with kept_from_checkpoints():
+            with torch.enable_grad(), kept_from_checkpoints():
                 self._gates[size] = self.levels.gate(size)
         return self._gates[size]
 

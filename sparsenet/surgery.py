@@ -120,6 +120,7 @@ def selectify(
         branch.to(reference.device, reference.dtype)
     branch.train(model.training)
     branch.plan = plan
+    branch.near_heads = adapter.near_heads(model, plan)
     fills = adapter.fills(model)
     modules = dict(model.named_modules())
     for step in plan.steps:
@@ -252,6 +253,7 @@ def _dry_run(model: nn.Module, at: str, stage: str, run: Callable[[], Any], opti
     return Plan(
         at=at,
         stage=stage,
+        batch=first.shape[0],
         size=(first.shape[2], first.shape[3]),
         channels=first.shape[1],
         steps=tuple(probe.steps),

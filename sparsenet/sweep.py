@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.backends import indirect, spconv
+from sparsenet.backends import indirect, spconv, winograd
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.bench import environment, gain, quartiles, using_threads
 from sparsenet.engines import bench_extra
 from sparsenet.masks import blobs
-from sparsenet.sites import ActiveSites, Window, kernel_map
+from sparsenet.sites import ActiveSites, Window, kernel_map, tiles
 from sparsenet.timing import alternate
 
 CHANNELS = (64, 128, 256, 512)
@@ -33,14 +33,15 @@ class Point:
 
     Attributes:
         size: of the map's sides; `density`, the share of its pixels that are active.
-        sparse_ms: median of the masked convolution's calls; `dense_ms`, of oneDNN's on packed weights, channels last;
-            `spconv_ms`, of spconv's, `None` where it is not installed.
+        sparse_ms: median of the masked convolution's calls, by the `way` that is faster; `dense_ms`, of oneDNN's on
+            packed weights, channels last; `spconv_ms`, of spconv's, `None` where it is not installed.
         speedup: of the masked one over the dense one: the median of the rounds' ratios; `speedup_spconv`, over spconv.
     """
 
     channels: int
     size: int
     density: float
+    way: str
     sparse_ms: float
     dense_ms: float
     spconv_ms: float | None
@@ -92,8 +93,11 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
     rows = image.permute(0, 2, 3, 1).flatten(0, 2)[sites.index]
     padded = F.pad(rows, (0, 0, 0, 2))
     panels, epilogue = indirect.pack(weight, 1), Epilogue(shift=bias)
+    by_tiles = winograd.Prepared(winograd.pack(weight), epilogue)
+    cut = tiles(sites, Window((3, 3), (1, 1), (1, 1)), sites)
     runs: dict[str, Callable[[], Tensor]] = {
-        "sparse": lambda: indirect.run(rows, panels, epilogue, table.table, table.inputs),
+        "indirect": lambda: indirect.run(rows, panels, epilogue, table.table, table.inputs),
+        "winograd": lambda: by_tiles.run(rows, None, cut, len(rows), torch.empty_like(rows)),
         "dense": lambda: torch.ops.mkldnn._convolution_pointwise(image, packed, bias, *window, 1, "none", [], ""),
     }
     if _has_spconv():
@@ -107,15 +111,17 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
             raise RuntimeError(f"{name}, {channels} channels at {size}x{size}, density {density}: error {wrong:.3g}")
     seconds = alternate(runs, repeats=repeats, settle=1)
     ms = {name: quartiles(taken)[1] for name, taken in seconds.items()}
+    way = min("indirect", "winograd", key=ms.__getitem__)
     return Point(
         channels=channels,
         size=size,
         density=len(sites) / size**2,
-        sparse_ms=ms["sparse"],
+        way=way,
+        sparse_ms=ms[way],
         dense_ms=ms["dense"],
         spconv_ms=ms.get("spconv"),
-        speedup=gain(seconds["dense"], seconds["sparse"]),
-        speedup_spconv=gain(seconds["spconv"], seconds["sparse"]) if "spconv" in seconds else None,
+        speedup=gain(seconds["dense"], seconds[way]),
+        speedup_spconv=gain(seconds["spconv"], seconds[way]) if "spconv" in seconds else None,
     )
 
 

@@ -57,7 +57,7 @@ def test_the_strongest_are_the_first_of_a_stable_sort(kind: str, batch: int, siz
 
 def levels(kind: str, batch: int, size: Pair, capacity: float, octaves: int, target: Any = None) -> LearnedLevels:
     down = nn.ModuleDict({str(k): nn.Conv2d(1, 1, 3, 2, 1).double() for k in range(1, octaves + 1)})
-    return LearnedLevels(scores(kind, batch, size)[:, None], down, 0.5, False, target, capacity)
+    return LearnedLevels(scores(kind, batch, size)[:, None], down, 0.5, None, target, capacity)
 
 
 @given(st.sampled_from(KINDS), strategies.batches, strategies.sizes, strategies.sizes, capacities, st.integers(0, 2))

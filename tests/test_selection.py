@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sparsenet
 from sparsenet.features import Features, MaskedFeatures
 from sparsenet.selection import Options, Selection
-from sparsenet.selector.levels import GivenLevels, LearnedLevels, learned_octaves
+from sparsenet.selector.levels import Gating, GivenLevels, LearnedLevels, learned_octaves
 from tests import strategies
 from tests.helpers import STORAGES, assert_equal, assert_guided, guide, keep, select
 from tests.strategies import Pair
@@ -79,7 +79,7 @@ def learned(size: Pair, octaves: int, batch: int = 2, live: bool = True) -> tupl
     expected = [logits]
     for k in range(1, octaves + 1):
         expected.append(down[str(k)](torch.sigmoid(expected[-1])))
-    return LearnedLevels(logits, down, 0.5, live), expected
+    return LearnedLevels(logits, down, 0.5, Gating() if live else None), expected
 
 
 def test_each_octave_has_its_downsampler() -> None:
@@ -125,7 +125,7 @@ def test_a_network_gets_the_downsamplers_it_needs(sizes: list[Pair], octaves: in
 def test_predicted_masks_meet_their_targets() -> None:
     logits, forced = torch.full((1, 1, 8, 8), -5.0), torch.zeros(1, 8, 8, dtype=torch.bool)
     forced[0, 2, 3] = True
-    levels = LearnedLevels(logits, nn.ModuleDict(), 0.5, False, target=lambda size: GivenLevels(forced).mask(size))
+    levels = LearnedLevels(logits, nn.ModuleDict(), 0.5, None, target=lambda size: GivenLevels(forced).mask(size))
     assert torch.equal(levels.mask((8, 8)), forced)
 
 

@@ -63,6 +63,7 @@ def masked_conv2d(
     padding_mode: str = "zeros",
     backend: str = "auto",
     fill: Tensor | None = None,
+    live: bool | None = None,
 ) -> Features:
     """`torch.nn.functional.conv2d` of guided features: computed at the active sites of the output's size only.
 
@@ -74,6 +75,7 @@ def masked_conv2d(
         weight: (O, C / groups, kh, kw); the other arguments are those of `torch.nn.Conv2d`.
         backend: the layer's own choice; `use_backend` goes before it, the selection's comes after.
         fill: what the result holds at inactive pixels when it leaves the region, (O,).
+        live: whether reading the result gives the mask gradient: see `Features.make`.
 
     Raises:
         Leaves: for another form, and for padding that two sides disagree about.
@@ -89,7 +91,7 @@ def masked_conv2d(
         return F.conv2d(read, weight, bias, geometry.window.stride, padding, dilation, groups)
 
     per_site = weight.shape[1] * geometry.window.taps * weight.shape[0]
-    return _convolution("conv2d", x, weight, bias, groups, geometry, dense, per_site, backend, fill)
+    return _convolution("conv2d", x, weight, bias, groups, geometry, dense, per_site, backend, fill, live)
 
 
 def geometry_of(
@@ -158,6 +160,7 @@ def _convolution(
     macs_per_site: float,
     backend: str,
     fill: Tensor | None,
+    live: bool | None = None,
 ) -> Features:
     """A convolution by rows, or `dense`, which is the same of an ordinary map, where that is asked for or better."""
     selection, (window, out_grid) = x.selection, geometry
@@ -173,7 +176,7 @@ def _convolution(
     with selection.reporting(operation):
         asked = selection.options.backend if backend == "auto" else backend
         if isinstance(x, MaskedFeatures):
-            return MaskedFeatures.make(dense(x.read(name)), selection, out_grid, full=False, fill=fill)
+            return MaskedFeatures.make(dense(x.read(name)), selection, out_grid, full=False, fill=fill, live=live)
         assert isinstance(x, SparseFeatures)
         if asked == "auto" and _everything_is_active(x, out_grid):
             used = ("dense", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,24 @@ class GivenLevels:
         return None
 
 
+@dataclass(frozen=True)
+class Gating:
+    """How the masks of a pass take gradient.
+
+    Attributes:
+        soft: reads are multiplied by the probabilities themselves, instead of by the hard mask with their gradient
+            (straight-through: Bengio et al., arXiv 1308.3432).
+        temperature: masks are drawn with their probabilities, and take the gradient of a sample relaxed at this
+            temperature (Gumbel-sigmoid: Maddison et al., arXiv 1611.00712); `None` draws nothing.
+        layers: paths of the guided convolutions whose results are read through a mask that takes gradient; `None`: all
+            that is guided.
+    """
+
+    soft: bool = False
+    temperature: float | None = None
+    layers: frozenset[str] | None = None
+
+
 class LearnedLevels:
     """Levels of predicted saliency: one learned 3x3 stride-2 convolution for each octave (SCN, arXiv 2002.01205: masks
     of smaller maps come by strided convolution, which it found better than pooling).
@@ -91,7 +110,7 @@ class LearnedLevels:
         logits: (N, 1, H, W) at the entry.
         down: the convolutions, each from the probabilities of an octave to the logits of the next.
         threshold: a pixel is active where its probability is above.
-        live: whether masks take a straight-through gradient (arXiv 1308.3432), also under a capacity.
+        gating: how masks take gradient, also under a capacity, or `None` where they are constants.
         target: masks that are active beside the predicted ones, by size (warm-up of direct supervision); under a
             capacity they go before.
         capacity: the share of each image's pixels that are active instead, those of the highest logits.
@@ -102,18 +121,24 @@ class LearnedLevels:
         logits: Tensor,
         down: nn.ModuleDict,
         threshold: float,
-        live: bool,
+        gating: Gating | None,
         target: Callable[[Pair], Tensor] | None = None,
         capacity: float | None = None,
     ):
         self.threshold = threshold
         self.capacity = capacity
-        self.live = live
+        self.gating = gating
         self.target = target
         self.octaves = [logits]
         for convolution in down.values():
             self.octaves.append(convolution(self.octaves[-1].sigmoid()))
         self._logits: dict[Pair, Tensor] = {}
+        self._drawn: dict[Pair, Tensor] = {}
+        self._random: torch.Generator | None = None
+        if gating is not None and gating.temperature is not None:
+            # Its own, seeded here: a recomputed region must not find PyTorch's generator moved on.
+            self._random = torch.Generator(logits.device)
+            self._random.manual_seed(int(torch.randint(2**62, ())))
 
     def logits(self, size: Pair) -> Tensor | None:
         """(N, 1, *size), or `None` where nothing is predicted: tiny maps and octaves without a convolution."""
@@ -133,7 +158,7 @@ class LearnedLevels:
             return strongest(self._scores(size), active_count(self.capacity, size))
         if max(size) <= ALWAYS_ON:
             return torch.ones(len(self.octaves[0]), *size, dtype=torch.bool, device=self.octaves[0].device)
-        logits = self.logits(size)
+        logits = self._sample(size)
         if logits is None:
             last = self.octaves[-1]
             mask = any_pool(self.mask((last.shape[2], last.shape[3])), size)
@@ -144,7 +169,7 @@ class LearnedLevels:
     def _scores(self, size: Pair) -> Tensor:
         """By what a capacity chooses: the logits, which tell apart what their sigmoid makes one. Where nothing predicts
         an octave, the maximum of the last one's under each cell, which is above a threshold where any is."""
-        logits = self.logits(size)
+        logits = self._sample(size)
         if logits is None:
             scores = by_cells(F.adaptive_max_pool2d, self.octaves[-1].detach()[:, 0], size)
         else:
@@ -155,12 +180,32 @@ class LearnedLevels:
         return None if self.capacity is None else active_count(self.capacity, size)
 
     def gate(self, size: Pair) -> Tensor | None:
-        logits = self.logits(size) if self.live else None
-        if logits is None:
+        logits = None if self.gating is None else self._sample(size)
+        if logits is None or self.gating is None:
             return None
-        saliency = logits.sigmoid()
-        return self.mask(size)[:, None].to(saliency) + (saliency - saliency.detach())
+        relaxed = (logits / (self.gating.temperature or 1.0)).sigmoid()
+        return relaxed if self.gating.soft else self.mask(size)[:, None].to(relaxed) + (relaxed - relaxed.detach())
 
     def saliency(self, size: Pair) -> Tensor | None:
         logits = self.logits(size)
         return None if logits is None else logits[:, 0].sigmoid()
+
+    def density(self, size: Pair) -> Tensor:
+        """Share of the pixels that inference would select, over the batch: a scalar with straight-through gradient."""
+        saliency = self.saliency(size)
+        if saliency is not None:
+            return (saliency > self.threshold).to(saliency).mean() + (saliency.mean() - saliency.mean().detach())
+        if max(size) <= ALWAYS_ON:
+            return torch.ones((), device=self.octaves[0].device)
+        last = self.octaves[-1].detach().sigmoid()[:, 0] > self.threshold
+        return any_pool(last, size).float().mean()
+
+    def _sample(self, size: Pair) -> Tensor | None:
+        """The logits of a size, with the noise under which they are positive with their probability."""
+        logits = self.logits(size)
+        if self._random is None or logits is None:
+            return logits
+        if size not in self._drawn:
+            uniform = torch.rand(logits.shape, generator=self._random, device=logits.device)
+            self._drawn[size] = logits + uniform.clamp(1e-6, 1 - 1e-6).logit().to(logits)
+        return self._drawn[size]

@@ -14,6 +14,7 @@ from sparsenet.features import Features, enter, ordinary
 from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels
+from sparsenet.selector.supervision import Supervision
 from sparsenet.sites import Pair
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ class Selector(nn.Module):
 
     Attributes:
         counted: see `Selection`.
+        plan: what the dry run saw.
+        near_heads: paths of the guided convolutions whose results a detector's heads read, and of the heads; `None`
+            where the model's family does not say.
     """
 
     threshold = 0.5
     counted: bool | None = None
     plan: Plan
+    near_heads: frozenset[str] | None = None
 
     def __init__(self, module: nn.Module, octaves: int, options: Options = Options()):  # noqa: B008 - frozen
         super().__init__()
@@ -84,7 +89,8 @@ class Selector(nn.Module):
             for observer in observers:
                 selecting.enter_context(observer.selecting())
             levels = self._levels(features)
-        live = isinstance(levels, LearnedLevels) and levels.live
+        gating = levels.gating if isinstance(levels, LearnedLevels) else None
+        live = gating is not None
         backend = settings.backend or self.options.backend
         if live and backend not in ("auto", "reference"):
             raise RuntimeError(
@@ -95,6 +101,8 @@ class Selector(nn.Module):
         options = replace(self.options, backend=backend)
         batch, device, met = len(features), features.device, self._sizes_after(size)
         selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
+        if gating is not None:
+            selection.live_layers, selection.soft = gating.layers, gating.soft
         given: list[Pair] = []  # the size of a mask that may be full, in a frozen network
         if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels):
             given = [levels.size]
@@ -123,12 +131,11 @@ class Selector(nn.Module):
             logits = logits[:, None]
         if tuple(logits.shape) != expected:
             raise ValueError(f"the selector must give one logit per pixel, {expected}, but gave {tuple(logits.shape)}")
-        supervision = settings.supervision
-        live = supervision is None and self.training and torch.is_grad_enabled() and logits.requires_grad
-        target = None if supervision is None else supervision.warmup_target(context.frame(), len(features))
-        levels = LearnedLevels(logits, self.down, self.threshold, live, target, self.options.capacity)
-        if supervision is not None:
-            supervision.observe(levels, context.frame())
+        supervision = settings.supervision or Supervision()
+        gating = supervision.gating if self.training and torch.is_grad_enabled() and logits.requires_grad else None
+        target = supervision.target(context.frame(), len(features))
+        levels = LearnedLevels(logits, self.down, self.threshold, gating, target, self.options.capacity)
+        supervision.observe(levels, context.frame())
         if settings.stop_at == "selector":
             raise PassEnded(ordinary(features), context.frame())
         return levels
