@@ -27,7 +27,8 @@ from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import continued, normalised
 from sparsenet.selection import Everything, Operation, Selection
 from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
-from sparsenet.work import Work
+from sparsenet.strips import Strips, widened
+from sparsenet.work import Layer, Work
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,14 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         if unfit or (asked and not selection.everything):
             return by_rule(self, x, "auto", self.fill)
         (window, out_grid), pointwise = self._geometry(x)
-        gated = x._work if x._work is not None and x._work.gate is not None else None
-        rows, gate = (x.computed(), None) if gated is None else (gated.reads.rows, gated.gate)
+        before, gate = x._work, None
+        layer: Layer = self.layer
+        if before is not None and before.gate is not None:
+            rows, gate = before.reads.rows, before.gate
+        elif before is not None and selection.everything and not pointwise and widened(before, self.layer):
+            rows, layer = before.reads.rows, Strips(before, self.layer, window)
+        else:
+            rows, before = x.computed(), None
         tables: Tables | None = None
         images, inputs, outputs = 1, len(rows), len(rows)
         if selection.everything:
@@ -225,11 +232,11 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
         everything = selection.everything and x.form.padding is None
         reads = Reads(rows, tables, inputs, outputs, images, x.grid, out_grid, everything, gate)
-        work = Work(self.layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
-        if gated is None:
+        work = Work(layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
+        if before is None:
             x.read_by(work)
         else:
-            work.read_like(gated)
+            work.read_like(before)
         if selection.observers:
             selection.report(self._operation("conv2d", work, out_grid))
         return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])

@@ -111,6 +111,16 @@ class Work:
             readers.append(ref(self))
         self.read_from += other.read_from
 
+    def unshared(self) -> bool:
+        """Whether it can become part of other work, which it then is: as far as is known, nothing else reads it."""
+        if self._result is not None or self.steps in self.layer.breaks:
+            return False
+        if self._continued:
+            self.layer.breaks.add(self.steps)
+            return False
+        self._continued = True
+        return True
+
     def then(self, epilogue: Epilogue | None) -> Work | None:
         """With one step more, or `None` where that is not to be part of it."""
         if epilogue is None or self._result is not None or self.steps in self.layer.breaks:

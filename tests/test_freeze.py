@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsenet
-from sparsenet import GivenMask, frozen_modules
+from sparsenet import GivenMask, frozen_modules, strips
 from sparsenet.backends import indirect
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Indirect, OnRows, Reads, Spec, Way, Winograd
@@ -430,6 +430,50 @@ def layer_scale(m: Any, x: Tensor) -> Tensor:
     return x + y + m.a(x) * gamma[:, None, None]
 
 
+# A pointwise layer, then a depthwise one.
+
+
+@case(
+    down=lambda: conv(groups=WIDTH, stride=2),
+    far=lambda: conv(groups=WIDTH, padding=6, dilation=3, kernel=5, stride=(1, 3)),
+    valid=lambda: conv(groups=WIDTH, padding=0),
+    same=lambda: conv(groups=WIDTH, padding="same", padding_mode="reflect"),
+    around=lambda: conv(groups=WIDTH, padding_mode="circular"),
+    fewer=lambda: conv(inputs=3, kernel=1),
+    first=lambda: conv(outputs=3, kernel=1),
+)
+def wide_maps(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def wide() -> Tensor:
+        return F.relu(m.n(m.fewer(m.first(x))))
+
+    added = m.fewer(m.first(x)) + m.a(x)
+    return (
+        m.down(wide()),
+        m.far(wide()) + x[..., ::3],
+        m.m(m.valid(wide())),
+        m.same(wide()),
+        m.around(added),
+        m.d(wide()),
+    )
+
+
+@case()
+def wide_map_read_twice(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    y = F.relu6(m.c(x))
+    return F.relu(m.d(y)) + y, y
+
+
+@case()
+def wide_maps_written_to(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    x = m.a(x)
+    y = m.c(x)
+    z = m.d(y)
+    y.mul_(2)
+    other = m.d(m.c(x))
+    x.add_(1)
+    return m.n(z) + y, other, x
+
+
 # Geometry.
 
 
@@ -568,6 +612,38 @@ def test_a_model_without_masks(name: str, way: str) -> None:
                 truth = double(x.clone())
                 assert_same(frozen[0](x.clone()), truth)
                 assert_as_good(frozen[1](x.float()), single(x.float()), truth)
+
+
+@pytest.mark.parametrize("strip", [1, 2000])
+@pytest.mark.parametrize("name", CASES)
+def test_wide_maps_in_strips(name: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one line each, and of some, on the first pass and on those that know what is read twice."""
+    monkeypatch.setattr(strips, "WIDE", 0)
+    monkeypatch.setattr(strips, "STRIP", strip)
+    double = made(name)
+    with forced("indirect"), torch.no_grad():
+        frozen = freeze(double, inputs(2, 12, 11, torch.float64))
+        for batch, height, width, last in SHAPES:
+            x = inputs(batch, height, width, last=last)
+            for _ in range(3):
+                assert_same(frozen(x.clone()), double(x.clone()))
+
+
+@pytest.mark.parametrize("name", ["wide_maps", "wide_map_read_twice"])
+def test_a_wide_map_is_made_in_strips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only a depthwise layer reads it; where something else does, it is made once, from the third pass on."""
+    monkeypatch.setattr(strips, "WIDE", 0)
+    ran: list[Any] = []
+    run = strips.Strips.run
+    monkeypatch.setattr(strips.Strips, "run", lambda *args: (ran.append(args), run(*args))[1])
+    model, x = made(name), inputs(1, 12, 11, torch.float64)
+    with forced("indirect"), torch.no_grad():
+        frozen = freeze(model, x)
+        for _ in range(2):
+            frozen(x)
+        ran.clear()
+        frozen(x)
+        assert bool(ran) == (name == "wide_maps")
 
 
 def masks_of(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -125,7 +125,8 @@ class _ByKernel:
         self._prepare = prepare
         self._prepared: dict[Any, tuple[Any, Any]] = {}
 
-    def _ready(self, epilogue: Epilogue) -> Any:
+    def ready(self, epilogue: Epilogue) -> Any:
+        """The kernel with this epilogue, but for the rows of its residual."""
         scale, shift, residual, *rest = epilogue
         if (scale is not None and scale.is_inference()) or (shift is not None and shift.is_inference()):
             return self._prepare(epilogue)  # writes to such tensors are not counted
@@ -158,7 +159,7 @@ class Indirect(_ByKernel):
             reads = reads.multiplied()
         if reads.gate is not None:  # fewer weights than rows: (1, panels, taps, C, width)
             weights = weights * reads.gate[:, None]
-        table, prepared = reads.table, self._ready(epilogue)
+        table, prepared = reads.table, self.ready(epilogue)
         out = workspace.empty(reads.outputs, self.packed.shape[0], reads.rows)
         if table is None or reads.images == 1:
             prepared.run(reads.rows, epilogue.residual, table, reads.inputs, out, weights)
@@ -185,7 +186,7 @@ class Winograd(_ByKernel):
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         reads = reads.multiplied()
         assert reads.tables is not None, "a window of 3x3 has tables"
-        tiles, prepared = reads.tables.tiles(), self._ready(epilogue)
+        tiles, prepared = reads.tables.tiles(), self.ready(epilogue)
         out = workspace.empty(reads.outputs, self.packed.outputs, reads.rows)
         for rows, residual, part in reads.by_image(epilogue, out):
             prepared.run(rows, residual, tiles, reads.inputs, part)
