@@ -165,6 +165,7 @@ def test_layers_that_it_does_not_compute() -> None:
         (weight, (1, 1), (2, 2), 1),
         (weight[:, :2], (1, 1), (1, 1), 2),
         (weight.half(), (1, 1), (1, 1), 1),
+        (torch.empty(512, 512, 3, 3), (1, 1), (1, 1), 1),
     ):
         assert winograd.unsupported(*refused) is not None
 
