@@ -18,8 +18,8 @@ from sparsenet.backends.indirect import bits, constant, padded
 from sparsenet.kernels import convolution, machine, winograd
 from sparsenet.sites import Tiles
 
-# Bytes of transformed weights, at most: there are 16 for 9, beside the weight itself. Without a limit SSD300 took 125 MB
-# more, and 9 % less time.
+# Bytes of transformed weights, at most: there are 16 for 9, beside the weight itself. Without a limit SSD300 took
+# 125 MB more, and 9 % less time.
 MOST_BYTES = 8 << 20
 
 # Tiles of a piece of work, at most: their inputs, transformed, stay in a core's own cache (64 to 512 channels: 24 is
