@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from sparsenet import constants, context
 from sparsenet.hooks import frame_of
 from sparsenet.regions import Regions
-from sparsenet.selector import Selector
+from sparsenet.selector.selector import check_capacity
 from sparsenet.timing import alternate, clock_of
 
 # Graphs that are kept, each with memory of its own: the one used longest ago goes.
@@ -195,12 +195,7 @@ def check_graph(model: nn.Module) -> torch.device:
         ValueError: where there is no CUDA device, where the weights are not on one, and for a selective model whose
             shapes follow from its mask.
     """
-    selector = getattr(model, "selector", None)
-    if isinstance(selector, Selector) and selector.options.capacity is None:
-        raise ValueError(
-            "cuda_graph=True needs shapes that the mask does not decide: make the model by "
-            "sparsenet.selectify(..., capacity=0.3), so that the mask has a fixed number of active pixels"
-        )
+    check_capacity(model, "cuda_graph=True needs shapes that the mask does not decide")
     if not torch.cuda.is_available():
         raise ValueError("cuda_graph=True needs a CUDA device, and PyTorch finds none here: freeze without it")
     return one_device(model)

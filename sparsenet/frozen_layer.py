@@ -13,6 +13,7 @@ from sparsenet import backends
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Dense, Indirect, Norm, OnDevice, OnRows, Reads, Spec, Triton, Way, Winograd
+from sparsenet.timing import clock_of
 
 # What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
 # each way has weights and results of its own.
@@ -97,8 +98,8 @@ class FrozenLayer:
         geometry = f"{self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
         layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
         ways = {name: self._way(name) for name in names}
-        runs = {name: functools.partial(_finished, way, reads, epilogue) for name, way in ways.items()}
-        self.milliseconds[kind] = found = self._measurements.of(layer, runs)
+        runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
+        self.milliseconds[kind] = found = self._measurements.of(layer, runs, clock_of(self.device))
         first, best = names[0], min(found, key=found.__getitem__)
         in_strips = kind == "everything" and self.spec.groups == self.outputs and reads.rows.nbytes >= WIDE
         margin = MARGIN_IN_STRIPS if in_strips else MARGIN
@@ -196,11 +197,3 @@ class FrozenLayer:
         for kind, names in self._candidates.items():
             self._candidates[kind] = [name if self._computes(name) else "rows" for name in names]
         self.settle()
-
-
-def _finished(way: Way, reads: Reads, epilogue: Epilogue) -> Tensor:
-    """What a way computes, when it is there."""
-    result = way.run(reads, epilogue)
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
-    return result

@@ -93,13 +93,16 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
     rows = image.permute(0, 2, 3, 1).flatten(0, 2)[sites.index]
     padded = F.pad(rows, (0, 0, 0, 2))
     panels, epilogue = indirect.pack(weight, 1), Epilogue(shift=bias)
-    by_tiles = winograd.Prepared(winograd.pack(weight), epilogue)
-    cut = tiles(sites, Window((3, 3), (1, 1), (1, 1)), sites)
     runs: dict[str, Callable[[], Tensor]] = {
         "indirect": lambda: indirect.run(rows, panels, epilogue, table.table, table.inputs),
-        "winograd": lambda: by_tiles.run(rows, None, cut, len(rows), torch.empty_like(rows)),
         "dense": lambda: torch.ops.mkldnn._convolution_pointwise(image, packed, bias, *window, 1, "none", [], ""),
     }
+    ways = ["indirect"]
+    if winograd.unsupported(weight, *window[1:], 1) is None:
+        by_tiles = winograd.Prepared(winograd.pack(weight), epilogue)
+        cut = tiles(sites, Window((3, 3), (1, 1), (1, 1)), sites)
+        runs["winograd"] = lambda: by_tiles.run(rows, None, cut, len(rows), torch.empty_like(rows))
+        ways.append("winograd")
     if _has_spconv():
         runs["spconv"] = lambda: spconv.convolve(padded, weight, bias, 1, table)
 
@@ -111,7 +114,7 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
             raise RuntimeError(f"{name}, {channels} channels at {size}x{size}, density {density}: error {wrong:.3g}")
     seconds = alternate(runs, repeats=repeats, settle=1)
     ms = {name: quartiles(taken)[1] for name, taken in seconds.items()}
-    way = min("indirect", "winograd", key=ms.__getitem__)
+    way = min(ways, key=ms.__getitem__)
     return Point(
         channels=channels,
         size=size,

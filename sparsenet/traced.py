@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsenet import context
-from sparsenet.selector import Selector
+from sparsenet.selector.selector import check_capacity
 from sparsenet.surgery import check_model, quietly
 
 
@@ -35,12 +35,7 @@ def traced(model: nn.Module, example_inputs: Any) -> nn.Module:
         Whatever `torch.export` raises where control flow depends on numbers, as in a detector's post-processing.
     """
     check_model(model, inplace=False)
-    selector = getattr(model, "selector", None)
-    if isinstance(selector, Selector) and selector.options.capacity is None:
-        raise ValueError(
-            "the shapes of a pass follow from its mask, and a graph has fixed ones: make the model by "
-            "sparsenet.selectify(..., capacity=0.3), so that the mask has a fixed number of active pixels"
-        )
+    check_capacity(model, "the shapes of a pass follow from its mask, and a graph has fixed ones")
     if context.current().regions is not None:
         raise ValueError("a given mask would become a constant of the graph: trace outside of use_mask")
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}

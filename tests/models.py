@@ -218,3 +218,14 @@ def selective_branches(capacity: float | None = 0.3, dtype: torch.dtype = torch.
     example = torch.rand(1, 3, 20, 20, dtype=dtype)
     model = Branches().to(dtype).eval()
     return sparsenet.selectify(model, "stem", selector=selector, capacity=capacity, example_inputs=example)
+
+
+class Logits(nn.Module):
+    """A selector whose logits are parameters, whatever the features."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.logits

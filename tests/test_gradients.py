@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsenet
 from sparsenet import GivenMask
-from tests.models import assert_as_good, assert_same, at_size, blobs, error
+from tests.models import Logits, assert_as_good, assert_same, at_size, blobs, error
 
 SIZE = (10, 12)
 HALF = (5, 6)
@@ -332,17 +332,6 @@ def test_gradients_of_the_mask_alone(name: str, place: str) -> None:
 
 
 # -- the mask's gradient ---------------------------------------------------------------------------------------
-
-
-class Logits(nn.Module):
-    """A selector whose logits are parameters, whatever the features."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.logits
 
 
 class Square(nn.Module):

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from sparsenet.timing import alternate
+from sparsenet.timing import Clock, alternate, by_processor
 
 # Alternating rounds of a measurement. The ways of a layer differ by more than a machine drifts within milliseconds, or
 # else it does not matter which is taken.
@@ -32,11 +32,11 @@ class Measurements:
         self.known = {} if path is None else _read(path)
         self._new = False
 
-    def of(self, layer: str, ways: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+    def of(self, layer: str, ways: Mapping[str, Callable[[], Tensor]], clock: Clock = by_processor) -> dict[str, float]:
         """Milliseconds by name of way: measured now, unless they are known."""
         found = self.known.get(layer)
         if found is None or set(found) != set(ways):
-            seconds = alternate(dict(ways), repeats=ROUNDS, warmup=1)
+            seconds = alternate(dict(ways), repeats=ROUNDS, warmup=1, clock=clock)
             found = {name: 1e3 * median(times) for name, times in seconds.items()}
             self.known[layer] = found
             self._new = True

@@ -73,15 +73,6 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
     panel_size = build.mul(build.mul(taps, channels), kernel.integer(width))
     site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
 
-    def step(pointers: list[Any], channel: Any, weight: Any, sums: list[Any]) -> list[Any]:
-        """One input channel of every site times its weights."""
-        loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
-        found = []
-        for place, pointer in enumerate(pointers):
-            number = kernel.splat(build.load(kernel.at(pointer, channel)))
-            found += [kernel.fma(number, part, sums[place * vectors + vector]) for vector, part in enumerate(loaded)]
-        return found
-
     # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
     with kernel.pieces(build.mul(build.sdiv(panels, piece_panels), site_pieces)) as piece:
         first_panel = build.mul(build.sdiv(piece, site_pieces), piece_panels)
@@ -106,11 +97,11 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
                     *sums, weight = inner.values
                     for each in range(unrolled):
                         channel = build.add(inner.index, kernel.integer(each))
-                        sums = step(pointers, channel, kernel.at(weight, each * width), sums)
+                        sums = multiplied(kernel, pointers, channel, kernel.at(weight, each * width), sums)
                     inner.following = [*sums, kernel.at(weight, unrolled * width)]
                 with kernel.loop(build.sub(channels, most), inner.values) as rest:
                     *sums, weight = rest.values
-                    sums = step(pointers, build.add(most, rest.index), weight, sums)
+                    sums = multiplied(kernel, pointers, build.add(most, rest.index), weight, sums)
                     rest.following = [*sums, kernel.at(weight, width)]
                 over_taps.following = rest.values
             *sums, _ = over_taps.values
@@ -192,6 +183,17 @@ def by_channel(
                 for vector in range(vectors):
                     finish(totals[vector::vectors], targets, offsets[vector], offsets[vector], masks[vector])
     return kernel.compiled()
+
+
+def multiplied(kernel: Kernel, pointers: list[Any], channel: Any, weight: Any, sums: list[Any]) -> list[Any]:
+    """One input channel of the row at each pointer times its weights, added to the sums: as many vectors for each."""
+    vectors = len(sums) // len(pointers)
+    loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
+    found = []
+    for place, pointer in enumerate(pointers):
+        number = kernel.splat(kernel.build.load(kernel.at(pointer, channel)))
+        found += [kernel.fma(number, part, sums[place * vectors + vector]) for vector, part in enumerate(loaded)]
+    return found
 
 
 class Finish:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsenet.kernels.convolution import Finish, tile
+from sparsenet.kernels.convolution import Finish, multiplied, tile
 from sparsenet.kernels.machine import Kernel, Launch
 
 FIELDS = (
@@ -110,14 +110,8 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
                 carried = [*[kernel.zero] * (together * vectors), begin]
                 with kernel.loop(channels, carried) as inner:
                     *found, weight = inner.values
-                    loaded = [kernel.load(kernel.at(weight, vector * kernel.lanes)) for vector in range(vectors)]
-                    following = []
-                    for at, pointer in enumerate(pointers):
-                        number = kernel.splat(build.load(kernel.at(pointer, inner.index)))
-                        following += [
-                            kernel.fma(number, part, found[at * vectors + vector]) for vector, part in enumerate(loaded)
-                        ]
-                    inner.following = [*following, kernel.at(weight, width)]
+                    found = multiplied(kernel, pointers, inner.index, weight, found)
+                    inner.following = [*found, kernel.at(weight, width)]
                 *found, _ = inner.values
                 plane = kernel.at(sums, build.mul(place, sum_plane))
                 for at, target in enumerate(targets):

@@ -149,3 +149,13 @@ def _downsampler() -> nn.Conv2d:
     nn.init.constant_(convolution.weight, 0.6)
     nn.init.constant_(convolution.bias, -2.0)  # type: ignore[arg-type]
     return convolution
+
+
+def check_capacity(model: nn.Module, why: str) -> None:
+    """Raise `ValueError` for a selective model whose shapes follow from its mask."""
+    selector = getattr(model, "selector", None)
+    if isinstance(selector, Selector) and selector.options.capacity is None:
+        raise ValueError(
+            f"{why}: make the model by sparsenet.selectify(..., capacity=0.3), so that the mask has a fixed number of "
+            "active pixels"
+        )

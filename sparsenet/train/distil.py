@@ -79,9 +79,8 @@ class DistilledSupervision(Passes):
         super().__init__()
         flat = matters.detach().flatten(1)
         cut = flat.quantile(1 - how.density, dim=1)[:, None, None]
-        self.wanted = matters / (matters + cut).clamp(
-            min=torch.finfo(matters.dtype).tiny
-        )  # above 0.5: among the chosen
+        # Above 0.5: among the chosen.
+        self.wanted = matters / (matters + cut).clamp(min=torch.finfo(matters.dtype).tiny)
 
     def mask_loss(self) -> Tensor:
         """Binary cross-entropy with I / (I + quantile), which is above 0.5 in the chosen share of each image, over all

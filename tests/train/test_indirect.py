@@ -14,21 +14,10 @@ from torch.nn import functional as F
 import sparsenet
 from detectors.ssd import ssd300_vgg16_bn
 from sparsenet.train import Direct, Distilled, Indirect, supervise
-from tests.models import SmallNet, assert_same, small_ssd
+from tests.models import Logits, SmallNet, assert_same, small_ssd
 
 SIZE = (9, 11)
 LAYERS = ("a", "b", "c")
-
-
-class Logits(nn.Module):
-    """A selector whose logits are a parameter."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.logits
 
 
 class Chain(nn.Module):
