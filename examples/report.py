@@ -80,6 +80,11 @@ def markdown(figures: dict[str, Any]) -> str:
                 ),
             ]
         )
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

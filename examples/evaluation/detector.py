@@ -1,6 +1,7 @@
 """Run a detector over a test set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import mean
 
@@ -25,14 +26,30 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, test: Dataset, num_classes: int, title: str) -> Evaluation:
-    """Detect on each test image by itself, and match to its objects."""
+def evaluate(
+    model: nn.Module,
+    test: Dataset,
+    num_classes: int,
+    title: str,
+    other_mask: Callable[[Tensor, int], Tensor] | None = None,
+) -> Evaluation:
+    """Detect on each test image by itself, and match to its objects.
+
+    Args:
+        other_mask: (mask that a selective detector predicts at the stage, bool (1, h, w); index of the image) -> the
+            mask that it is given instead, of any size; `None` keeps its own.
+    """
     device = next(model.parameters()).device
     predictions, targets, records = [], [], []
     for i in tqdm(range(len(test)), desc=title, unit="image"):  # type: ignore[arg-type]
         image, target = test[i]
         if hasattr(model, "selector"):
-            with sparsenet.record(model) as rec:
+            given: AbstractContextManager = nullcontext()
+            if other_mask is not None:
+                with sparsenet.record(model) as rec:
+                    model([image.to(device)])
+                given = sparsenet.use_mask(other_mask(rec.masks[max(rec.masks)].bool(), i))
+            with given, sparsenet.record(model) as rec:
                 [found] = model([image.to(device)])
             records.append((rec.macs, rec.dense_macs, rec.density[max(rec.density)]))
         else:

@@ -46,8 +46,8 @@ def test_recipe(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--voc-root x", "use --checkpoint or --from-scratch"),
-        ("--voc-root x --from-scratch --width 0.5", "add --no-imagenet"),
+        ("--data x", "use --checkpoint or --from-scratch"),
+        ("--data x --from-scratch --width 0.5", "add --no-imagenet"),
         ("--dense-only", "goes with"),
     ],
 )
@@ -59,11 +59,11 @@ def test_contradictory_arguments(monkeypatch, capsys, arguments, said):
 
 
 def test_presets(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--voc-root", "x", "--from-scratch", "--iterations", "12"])
+    monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--data", "x", "--from-scratch", "--iterations", "12"])
     args = ssd_voc.parse_arguments()
-    assert (args.width, args.finetune.batch_size, args.finetune.lr, args.eval_images) == (1, 32, 0.01, 0)
-    assert (args.finetune.iterations, args.scratch.iterations) == (12, 120_000)
-    assert [args.finetune.factor(step) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
+    assert (args.width, args.training.finetune.batch_size, args.training.finetune.lr, args.eval_images) == (1, 32, 0.01, 0)
+    assert (args.training.finetune.iterations, args.scratch.iterations) == (12, 120_000)
+    assert [args.training.finetune.factor(step) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
 
 
 def test_speed_is_of_frozen_detectors_that_take_turns(monkeypatch):

@@ -1,0 +1,159 @@
+"""The cells of the paper's tables: each a detector trained in one way and measured once, kept, and found again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import sparsenet
+from evaluation.detector import Evaluation, evaluate
+from evaluation.voc_map import Matches, mean_average_precision
+from finetune import Training, finetune_dense, finetune_selective, made_selective
+from report import origin, write_json
+from storage import load_checkpoint, replacing, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One detector of a table.
+
+    Attributes:
+        training: how it is fine-tuned from the dense checkpoint.
+        seed: of the fine-tuning.
+        at: the stage; `None` for the dense detector, the baseline.
+        off: the Selective Module's switches that are off.
+        masks: what the trained detector is measured with: "own" masks, or as many pixels at the stage as those have, in
+            "random" blobs or nearest to the "centre".
+    """
+
+    training: Training
+    seed: int
+    at: str | None = None
+    off: tuple[str, ...] = ()
+    masks: str = "own"
+
+    @property
+    def name(self) -> str:
+        """Readable, and of these settings only."""
+        shown = (
+            "dense"
+            if self.at is None
+            else "-".join([self.at, self.training.supervision, *(f"no_{o}" for o in self.off)])
+        )
+        return f"{shown}-seed{self.seed}-{_digest(self._trained())}"
+
+    def _trained(self) -> dict[str, Any]:
+        settings = asdict(self)
+        del settings["masks"]
+        for irrelevant in ("workers", "amp"):
+            del settings["training"][irrelevant]
+        if self.at is None:  # what the dense detector never sees
+            settings["training"] = {"finetune": settings["training"]["finetune"]}
+        return settings
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a run share.
+
+    Attributes:
+        base: the dense detector that each starts from.
+        seen: what it was trained on and is measured on, a line that becomes part of the cells' names.
+        store: folder of the cells.
+    """
+
+    base: nn.Module
+    train: Dataset
+    test: Dataset
+    classes: Sequence[str]
+    seen: str
+    store: Path
+
+    def folder(self, cell: Cell) -> Path:
+        return self.store / f"{cell.name}-{_digest(self.seen)}"
+
+    def measure(self, cell: Cell) -> tuple[dict[str, Any], Evaluation]:
+        """Train the cell unless it is trained, evaluate it unless that is done; its figures, and all matches."""
+        folder = self.folder(cell)
+        figures, matches = folder / f"{cell.masks}.json", folder / f"{cell.masks}.npz"
+        if not figures.exists():
+            model, minutes = self.trained(cell)
+            title = f"{cell.name}, {cell.masks} masks"
+            found = evaluate(model, self.test, len(self.classes), title, OTHER_MASKS[cell.masks])
+            with replacing(matches) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, **vars(found.matches))
+            eleven, area = mean_average_precision(found.matches)
+            write_json(figures, origin() | asdict(cell) | {
+                "seen": self.seen,
+                "minutes": round(minutes, 2),
+                "test_images": len(found.matches.positives),
+                "map_11_point": 100 * eleven,
+                "map_area": 100 * area,
+                "macs": found.macs if cell.at else None,
+                "dense_macs": found.dense_macs if cell.at else None,
+                "density": found.density,
+            })  # fmt: skip
+        known = json.loads(figures.read_text())
+        with np.load(matches) as arrays:
+            kept = Matches(**arrays)
+        if cell.at is None:
+            return known, Evaluation(kept)
+        return known, Evaluation(kept, known["macs"], known["dense_macs"], known["density"])
+
+    def trained(self, cell: Cell) -> tuple[nn.Module, float]:
+        """The cell's detector, and the minutes that its training took."""
+        folder = self.folder(cell)
+        checkpoint, clock = folder / "model.safetensors", folder / "minutes.json"
+        if checkpoint.exists() and clock.exists():
+            return self._load(cell, checkpoint), json.loads(clock.read_text())["minutes"]
+        began = time.perf_counter()
+        if cell.at is None:
+            model = finetune_dense(self.base, self.train, cell.training, cell.seed, folder)
+        else:
+            switches = dict.fromkeys(cell.off, False)
+            model = finetune_selective(self.base, self.train, cell.at, cell.training, cell.seed, folder, switches)
+        minutes = (time.perf_counter() - began) / 60
+        save_checkpoint(model, checkpoint, cell=asdict(cell), seen=self.seen)
+        write_json(clock, {"minutes": minutes})
+        for resume in folder.glob("*.resume.pt"):
+            resume.unlink()
+        return model, minutes
+
+    def _load(self, cell: Cell, checkpoint: Path) -> nn.Module:
+        model = copy.deepcopy(self.base)
+        if cell.at is not None:
+            model = made_selective(model, cell.at, cell.training, dict.fromkeys(cell.off, False))
+        load_checkpoint(model, checkpoint)
+        return model.eval()
+
+
+def _random(mask: Tensor, image: int) -> Tensor:
+    return sparsenet.masks.blobs(1, (mask.shape[1], mask.shape[2]), mask.float().mean().item(), seed=image).to(
+        mask.device
+    )
+
+
+def _centre(mask: Tensor, image: int) -> Tensor:
+    rows, columns = (torch.linspace(-1, 1, length, device=mask.device) for length in mask.shape[1:])
+    nearness = -(rows[:, None] ** 2 + columns**2).flatten()
+    chosen = torch.zeros_like(nearness, dtype=torch.bool)
+    chosen[nearness.topk(int(mask.sum())).indices] = True
+    return chosen.view_as(mask)
+
+
+OTHER_MASKS: dict[str, Callable[[Tensor, int], Tensor] | None] = {"own": None, "random": _random, "centre": _centre}
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,242 @@
+"""Fine-tuning of a dense detector, and of the same one made selective, alike but for the mask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import sparsenet
+from sparsenet.train import Budget, Direct, Distilled, Indirect, importance, selector_only, stage_features, supervise
+from training import Schedule, Targets, batches, fit
+
+SUPERVISIONS = {
+    "direct": "boxes are the target of the saliency (the paper's)",
+    "indirect": "the detector's loss alone, through the layers next to the heads (the paper's)",
+    "indirect-soft": "the same, multiplying by probabilities in training",
+    "gumbel": "the detector's loss, masks drawn by their probabilities, with a budget on the density",
+    "distilled": "the pixels that matter most to the dense detector's loss are the target",
+    "capacity": "as direct, with equally many active pixels in every image",
+}
+BY_TASK = ("indirect", "indirect-soft", "gumbel")  # these learn from a pass of the whole network
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a detector is fine-tuned.
+
+    Attributes:
+        finetune: of each detector.
+        selector: of the selective detector's new branch alone, before that, on the dense detector's frozen features.
+        selector_batches: how many batches of these features are made and kept, to be repeated.
+        selector_by_task: iterations of the branch alone where the detector's loss teaches it, on the frozen detector.
+        supervision: one of `SUPERVISIONS`.
+        density: target of "gumbel", "distilled" and "capacity", active share at the stage.
+        mask_warmup: share of the fine-tuning in which true boxes are active, predicted or not.
+        missed_pixel: what a missed pixel counts in the mask's loss against a wasted one; 1 in the paper.
+        size_balance: from 0, every missed pixel counts alike (the paper), to 1, every missed object does.
+        workers: processes that prepare images.
+        amp: bfloat16 where torch's autocast has it.
+    """
+
+    finetune: Schedule
+    selector: Schedule
+    selector_batches: int
+    selector_by_task: int
+    supervision: str = "direct"
+    density: float = 0.3
+    mask_warmup: float = 0.0
+    missed_pixel: float = 1.0
+    size_balance: float = 0.0
+    workers: int = 1
+    amp: bool = False
+
+    @property
+    def capacity(self) -> float | None:
+        return self.density if self.supervision == "capacity" else None
+
+    def how(self) -> Direct | Indirect | Distilled:
+        if self.supervision in ("direct", "capacity"):
+            return Direct(self.missed_pixel, self.size_balance)
+        if self.supervision == "distilled":
+            return Distilled(self.density)
+        if self.supervision == "gumbel":
+            return Indirect("all", gumbel=1.0)
+        return Indirect(soft=self.supervision == "indirect-soft")
+
+
+def finetune_dense(base: nn.Module, train: Dataset, training: Training, seed: int, out: Path) -> nn.Module:
+    """A copy of `base`, trained on."""
+    dense = copy.deepcopy(base)
+    train_dense(dense, train, training.finetune, f"dense, seed {seed}", seed, training, out)
+    return dense
+
+
+def train_dense(
+    model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, training: Training, out: Path
+) -> list[float]:
+    """Train `model` in place with its own loss."""
+    return _fit(
+        lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, training, out
+    )
+
+
+def finetune_selective(
+    base: nn.Module,
+    train: Dataset,
+    at: str,
+    training: Training,
+    seed: int,
+    out: Path,
+    switches: dict[str, bool] | None = None,
+) -> nn.Module:
+    """A copy of `base` made selective after the stage `at`, its branch trained alone first, then the whole.
+
+    Args:
+        switches: of the Selective Module (the paper's ablation), where they are not the default.
+    """
+    torch.manual_seed(seed)
+    selective: Any = made_selective(base, at, training, switches)
+    selective.to(memory_format=torch.channels_last)  # twice as fast on CPUs as the default format
+    teaching = _Teaching(selective, base, at, training)
+    _train_selector(selective, train, teaching, seed, out)
+    warmup = round(training.mask_warmup * training.finetune.iterations)
+
+    def loss(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
+        with teaching.supervised(images, targets, step < warmup) as supervision:
+            losses = selective(images, targets)
+        return losses | {"saliency": supervision.loss()}
+
+    schedule, branch = training.finetune, list(selective.selector.parameters())
+    ids = {id(parameter) for parameter in branch}
+    groups = [
+        {"params": [parameter for parameter in selective.parameters() if id(parameter) not in ids]},
+        {"params": branch, "lr": 10 * schedule.lr},  # it follows the features that it reads as they change
+    ]
+    _fit(loss, selective, train, schedule, f"selective, seed {seed}", seed, training, out, schedule.sgd(groups))
+    return selective
+
+
+def made_selective(base: nn.Module, at: str, training: Training, switches: dict[str, bool] | None = None) -> nn.Module:
+    """A copy of `base` with an untrained branch; arguments as in `finetune_selective`."""
+    example = [torch.rand(3, *base.transform.fixed_size, device=next(base.parameters()).device)]  # type: ignore[union-attr, misc]
+    selector = None
+    if switches:  # otherwise selectify's own, which is of the same budget
+        plan = sparsenet.plan(sparsenet.selectify(base, at, selector=sparsenet.GivenMask(), example_inputs=example))
+        budget = 0.02 * plan.total_macs
+        selector = sparsenet.SelectiveModule.fit(plan.channels, size=plan.size, budget=budget, **switches)
+    return sparsenet.selectify(base, at, selector=selector, example_inputs=example, capacity=training.capacity)
+
+
+class _Teaching:
+    """What supervises the mask of one detector."""
+
+    def __init__(self, selective: nn.Module, base: nn.Module, at: str, training: Training):
+        self.selective = selective
+        self.training = training
+        self.budget = Budget(selective, density=training.density) if training.supervision == "gumbel" else None
+        self.teacher: nn.Module | None = None
+        if training.supervision == "distilled":
+            self.stage = sparsenet.plan(selective).stage
+            self.teacher = _giving_losses(copy.deepcopy(base).requires_grad_(False))
+
+    def matters(self, images: list[Tensor], targets: Targets) -> Tensor | None:
+        """The importance of each pixel to the teacher's loss, where it teaches."""
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        return importance(teacher, self.stage, lambda: torch.stack(list(teacher(images, targets).values())).sum())
+
+    def supervised(
+        self, images: list[Tensor], targets: Targets, warmup: bool = False, matters: Tensor | None = None
+    ) -> AbstractContextManager:
+        if matters is None:
+            matters = self.matters(images, targets)
+        boxes = [target["boxes"] for target in targets]
+        how = self.training.how()
+        return supervise(self.selective, how, boxes, importance=matters, warmup=warmup, budget=self.budget)
+
+
+def _giving_losses(detector: nn.Module) -> nn.Module:
+    """A detector that gives its losses, as in training, while its normalisation works as in evaluation."""
+    detector.eval()
+    detector.training = True
+    return detector
+
+
+def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: int, out: Path) -> None:
+    """The new branch first learns alone where to look; the detector stays as it is, so that both detectors' own weights
+    are trained for equally many iterations. Where a target teaches it, nothing after it runs, and the features that it
+    reads are kept and repeated: images and the layers before it take five times as long as its own step."""
+    training, selector = teaching.training, selective.selector
+    schedule = training.selector
+    device = next(selector.parameters()).device
+    frozen = [parameter for parameter in selective.parameters() if parameter.requires_grad]
+    _giving_losses(selective).requires_grad_(False)
+    selector.requires_grad_(True)
+    # Adam, for a fresh branch: after 300 iterations SGD at its best rate is where Adam is after 120.
+    optimizer = torch.optim.AdamW(selector.parameters(), schedule.lr, betas=(0.9, 0.99), weight_decay=0.1)
+    title = f"selector, seed {seed}"
+
+    def features(start: int) -> Iterator[tuple[list, Targets]]:
+        kept: list[tuple[list, Targets]] = []
+        count = min(training.selector_batches, schedule.iterations)
+        made = batches(train, replace(schedule, iterations=count), seed=seed, workers=training.workers)
+        for images, targets in tqdm(made, desc=f"features, seed {seed}", unit="batch"):
+            images = [image.to(device) for image in images]
+            matters = teaching.matters(images, [{k: v.to(device) for k, v in target.items()} for target in targets])
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.amp):
+                found = stage_features(selective.eval(), images)
+            if matters is not None:
+                targets = [target | {"matters": row.cpu()} for target, row in zip(targets, matters, strict=True)]
+            kept.append(([found.to("cpu")], targets))
+        selector.train()
+        for step in range(start, schedule.iterations):
+            yield kept[step % len(kept)]
+
+    def on_features(features: list, targets: Targets, step: int) -> dict[str, Tensor]:
+        matters = torch.stack([target["matters"] for target in targets]) if teaching.teacher is not None else None
+        with teaching.supervised(features, targets, matters=matters) as supervision:
+            selector_only(selective, *features)
+        return {"saliency": supervision.loss()}
+
+    def by_task(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
+        with teaching.supervised(images, targets) as supervision:
+            losses = selective(images, targets)
+        return losses | {"saliency": supervision.loss()}
+
+    if training.supervision in BY_TASK:
+        schedule = replace(schedule, iterations=training.selector_by_task)
+        _fit(by_task, selector, train, schedule, title, seed, training, out, optimizer)
+    else:
+        _fit(on_features, selector, train, schedule, title, seed, training, out, optimizer, features)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+
+
+def _fit(
+    loss, model: Any, train: Dataset, schedule: Schedule, title: str, seed: int, training: Training, out: Path,
+    optimizer=None, data=None,
+) -> list[float]:  # fmt: skip
+    def shuffled(start: int):
+        return batches(train, schedule, seed=seed, workers=training.workers, start=start)
+
+    torch.manual_seed(seed)
+    return fit(
+        model.to(memory_format=torch.channels_last),
+        loss,
+        data or shuffled,
+        schedule,
+        optimizer=optimizer,
+        title=title,
+        amp=training.amp,
+        state=out / f"{title.replace(', ', '_').replace(' ', '_')}.resume.pt",
+    )
