@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import sparsenet
+from data.sets import Data
 from evaluation.detector import Evaluation, evaluate
 from evaluation.voc_map import Matches, mean_average_precision
 from finetune import Training, finetune_dense, finetune_selective, made_selective
@@ -74,9 +74,7 @@ class Bench:
     """
 
     base: nn.Module
-    train: Dataset
-    test: Dataset
-    classes: Sequence[str]
+    data: Data
     seen: str
     store: Path
 
@@ -90,7 +88,7 @@ class Bench:
         if not figures.exists():
             model, minutes = self.trained(cell)
             title = f"{cell.name}, {cell.masks} masks"
-            found = evaluate(model, self.test, len(self.classes), title, OTHER_MASKS[cell.masks])
+            found = evaluate(model, self.data.test, len(self.data.classes), title, OTHER_MASKS[cell.masks])
             with replacing(matches) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **vars(found.matches))
             eleven, area = mean_average_precision(found.matches)
@@ -119,10 +117,10 @@ class Bench:
             return self._load(cell, checkpoint), json.loads(clock.read_text())["minutes"]
         began = time.perf_counter()
         if cell.at is None:
-            model = finetune_dense(self.base, self.train, cell.training, cell.seed, folder)
+            model = finetune_dense(self.base, self.data.train, cell.training, cell.seed, folder)
         else:
             switches = dict.fromkeys(cell.off, False)
-            model = finetune_selective(self.base, self.train, cell.at, cell.training, cell.seed, folder, switches)
+            model = finetune_selective(self.base, self.data.train, cell.at, cell.training, cell.seed, folder, switches)
         minutes = (time.perf_counter() - began) / 60
         save_checkpoint(model, checkpoint, cell=asdict(cell), seen=self.seen)
         write_json(clock, {"minutes": minutes})

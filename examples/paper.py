@@ -24,14 +24,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the recipes' modules, as where a recipe itself is run
 
 from cells import Bench, Cell
-from detectors.ssd import ssd300_vgg16_bn
 from evaluation.detector import look
 from evaluation.voc_map import paired_bootstrap
 from figures import draw_seen
 from finetune import Training
 from memory import keep_freed_memory
+from recipe import DEMO_TRAINING, bfloat16_is_fast
 from report import origin, table, write_json
-from ssd_voc import DEMO, PAPER, bfloat16_is_fast, load_data
+from ssd_voc import RECIPE
 from storage import load_checkpoint, replacing
 
 # The paper's Table 2 in both readings of its columns: the switches of the Selective Module that are off.
@@ -77,7 +77,7 @@ def main() -> None:
 def table1(training: Training, seeds: list[int]) -> list[Row]:
     """Two locations and two supervisions against the baseline, by the paper's loss. Then: a loss in which missed pixels
     weigh more, and what is left of its gain where the same number of pixels lie elsewhere."""
-    weighted = DEMO.training
+    weighted = DEMO_TRAINING
     favoured = replace(training, missed_pixel=weighted.missed_pixel, size_balance=weighted.size_balance)
 
     def row(title: str, at: str | None, how: Training, paper: str = "", masks: str = "own") -> Row:
@@ -119,16 +119,16 @@ def draw(bench: Bench, training: Training, args) -> None:
     """What detectors of both supervisions look at, side by side with what they find."""
     for supervision in ("direct", "indirect"):
         model, _ = bench.trained(Cell(replace(training, supervision=supervision), args.seeds[0], "pool2"))
-        seen = [look(model, bench.test[i][0], bench.classes) for i in range(5)]
+        seen = [look(model, bench.data.test[i][0], bench.data.classes) for i in range(5)]
         draw_seen(seen, args.out / f"fig5_{supervision}.png")
 
 
 def prepare(args) -> tuple[Bench, Training]:
     """Data, dense detector, and how the cells are trained."""
-    preset = PAPER if args.data else DEMO
-    train, test, classes = load_data(args.data, args.eval_images)
+    preset = RECIPE.paper if args.data else RECIPE.demo
+    data = RECIPE.load(args.data, args.eval_images)
     torch.manual_seed(0)
-    base = ssd300_vgg16_bn(num_classes=1 + len(classes), width=args.width).to(args.device)
+    base = RECIPE.detector(1 + len(data.classes), args.width).to(args.device)
     load_checkpoint(base, args.checkpoint)
     training = replace(
         preset.training, missed_pixel=1.0, size_balance=0.0, workers=args.workers, amp=bfloat16_is_fast(args.device)
@@ -138,8 +138,9 @@ def prepare(args) -> tuple[Bench, Training]:
     if args.selector_iterations:
         selector = replace(training.selector, iterations=args.selector_iterations)
         training = replace(training, selector=selector, selector_by_task=args.selector_iterations)
-    seen = f"ssd300 width {args.width} from {args.checkpoint.name} on {args.data or 'digits'}, {len(test)} test images"
-    return Bench(base, train, test, classes, seen, args.store), training
+    on = f"{args.data or 'digits'}, {len(data.test)} test images"
+    seen = f"{RECIPE.name} width {args.width} from {args.checkpoint.name} on {on}"
+    return Bench(base, data, seen, args.store), training
 
 
 def write(bench: Bench, rows: list[Row], args) -> None:
@@ -206,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     args = parser.parse_args()
-    preset = PAPER if args.data else DEMO
+    preset = RECIPE.paper if args.data else RECIPE.demo
     args.width = args.width or preset.width
     args.checkpoint = args.checkpoint or preset.checkpoint
     if args.checkpoint is None:

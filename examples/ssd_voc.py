@@ -1,6 +1,6 @@
 """Dense and selective SSD300 side by side: fine-tuned from one dense checkpoint, then compared.
 
-  python examples/ssd_voc.py                                  demonstration on embedded data, minutes
+  python examples/ssd_voc.py                              demonstration on embedded data, minutes
   python examples/ssd_voc.py --data ROOT --from-scratch   the paper's experiment on Pascal VOC
 
 The selective detector gets a Selective Module after --at, which predicts where objects are; what
@@ -9,264 +9,30 @@ differs afterwards is the selection. All output goes under --out; repeating the 
 interrupted run resumes it.
 """
 
-import argparse
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.data import Dataset, Subset
-
-import sparsenet
-from data import digits_voc, voc
-from data.augment import digits_augmentation, evaluation_transform, ssd_augmentation
+from data.sets import voc_or_digits
 from detectors.ssd import load_imagenet_trunk, ssd300_vgg16_bn
-from evaluation.detector import evaluate, look
-from evaluation.speed import compare_speed
-from evaluation.voc_map import mean_average_precision
-from figures import draw_seen
-from finetune import SUPERVISIONS, Training, finetune_dense, finetune_selective, train_dense
-from memory import keep_freed_memory
-from report import Comparison, markdown, origin, thinned, write_json
-from storage import load_checkpoint, replacing, save_checkpoint
+from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
-
-@dataclass(frozen=True)
-class Preset:
-    """What differs between the demonstration and the paper's experiment."""
-
-    width: float  # factor on all channel counts
-    scratch: Schedule  # of the dense detector both start from
-    training: Training  # of each of the two
-    eval_images: int  # 0: all
-    checkpoint: Path | None
-
-
-DEMO = Preset(
-    width=0.25,
-    scratch=Schedule(iterations=2140, batch_size=16, lr=0.02),
-    training=Training(
-        finetune=Schedule(iterations=120, batch_size=16, lr=0.005),
-        selector=Schedule(iterations=1000, batch_size=16, lr=0.02),
-        selector_batches=100,
-        selector_by_task=120,
-        mask_warmup=0.2,
-        missed_pixel=8.0,
-        size_balance=0.5,
+RECIPE = Recipe(
+    about=__doc__,
+    name="ssd_voc",
+    detector=lambda classes, width: ssd300_vgg16_bn(classes, width=width),
+    imagenet=lambda model: load_imagenet_trunk(model.backbone),
+    load=voc_or_digits,
+    at="pool2",
+    demo=Preset(
+        width=0.25,
+        scratch=DEMO_SCRATCH,
+        training=DEMO_TRAINING,
+        eval_images=200,
+        checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
     ),
-    eval_images=200,
-    checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
+    # The original's steps with the paper's rate, batch and five epochs of warm-up.
+    paper=paper_preset(Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0216, milestones=(2 / 3, 5 / 6))),
 )
-
-# The original's steps with the paper's rate, batch and five epochs of warm-up. The paper trains for
-# twice the baseline's iterations: here those of the dense detector, then as many of fine-tuning.
-PAPER_SCHEDULE = Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0216, milestones=(2 / 3, 5 / 6))
-PAPER = Preset(
-    width=1.0,
-    scratch=PAPER_SCHEDULE,
-    training=Training(
-        finetune=PAPER_SCHEDULE,
-        selector=Schedule(iterations=2_000, batch_size=32, lr=0.02),
-        selector_batches=40,
-        selector_by_task=2_000,
-        mask_warmup=0.0216,
-    ),
-    eval_images=0,
-    checkpoint=None,
-)
-
-
-def main() -> None:
-    args = parse_arguments()
-    keep_freed_memory()
-    torch.set_num_threads(args.threads)
-    train, test, classes = load_data(args.data, args.eval_images)
-    torch.manual_seed(args.seeds[0])
-    base = ssd300_vgg16_bn(num_classes=1 + len(classes), width=args.width).to(args.device)
-    if args.from_scratch:
-        pretrain(base, train, test, classes, args)
-        if args.dense_only:
-            return
-    else:
-        load_checkpoint(base, args.checkpoint)
-
-    began = time.perf_counter()
-    evaluations = []
-    for seed in args.seeds:
-        dense, selective = finetune(base, train, classes, seed, args)
-        titled = {"evaluation of dense": dense, "evaluation of selective, MACs counted": selective}
-        evaluations.append([evaluate(model, test, len(classes), title) for title, model in titled.items()])
-    images = [test[i][0].to(args.device) for i in range(0, len(test), -(-len(test) // args.timed_images))]
-    models = {"dense": dense, "selective": selective}
-    times = {batch: compare_speed(models, images, batch, args.repeats) for batch in args.timed_batches}
-
-    dense_runs, selective_runs = map(list, zip(*evaluations, strict=True))
-    figures = Comparison(args.seeds, dense_runs, selective_runs, times).figures()
-    table = markdown(figures)
-    print(f"\n{table}")
-    with replacing(args.out / "result.md") as temporary:
-        temporary.write_text(table)
-    settings = {
-        "at": args.at,
-        "width": args.width,
-        **asdict(args.training),
-        "minutes": round((time.perf_counter() - began) / 60, 1),
-    }
-    write_json(args.out / "result.json", origin() | settings | figures)
-    draw_seen([look(selective, test[i][0], classes) for i in range(min(5, len(test)))], args.out / "selection.png")
-    for file in args.out.glob("*.resume.pt"):
-        file.unlink()
-    print(f"{args.out} now holds", ", ".join(sorted(file.name for file in args.out.iterdir())))
-
-
-def load_data(root: Path | None, eval_images: int) -> tuple[Dataset, Subset, Sequence[str]]:
-    """Training set, the part of the test set to evaluate, and class names: VOC 2007+2012, or digits."""
-    if root:
-        classes: Sequence[str] = voc.CLASSES
-        train: Dataset = voc.voc_train(root, ssd_augmentation())
-        test = voc.voc_test(root, evaluation_transform())
-    else:
-        classes = digits_voc.CLASSES
-        digits = digits_voc.DigitsVOC().generate(Path("runs/data/digits-voc"))
-        augment = digits_augmentation()
-        train = voc.VOCBoxes(digits, "2007", "trainval", classes, drop_difficult=True, transforms=augment)
-        test = voc.VOCBoxes(digits, "2007", "test", classes, transforms=evaluation_transform())
-    return train, Subset(test, range(min(eval_images or len(test), len(test)))), classes
-
-
-def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:
-    """Train the dense detector both start from; write it, and a log of how it came about."""
-    if args.data and args.imagenet:
-        load_imagenet_trunk(model.backbone)
-    began = time.perf_counter()
-    losses = train_dense(model, train, args.scratch, "dense from scratch", args.seeds[0], args.training, args.out)
-    minutes = (time.perf_counter() - began) / 60
-    save_checkpoint(model, args.out / "dense_from_scratch.safetensors", classes=classes, width=args.width)
-    matches = evaluate(model, test, len(classes), "evaluation").matches
-    eleven, area = mean_average_precision(matches)
-    log = {
-        "seed": args.seeds[0],
-        "width": args.width,
-        "schedule": asdict(args.scratch),
-        "bfloat16": args.training.amp,
-        "minutes": round(minutes, 1),
-        "test_images": len(matches.positives),
-        "map_11_point": round(100 * eleven, 3),
-        "map_area": round(100 * area, 3),
-        "loss": thinned(losses),
-    }
-    write_json(args.out / "dense_from_scratch.json", origin() | log)
-    print(f"dense: mAP {100 * eleven:.1f} (11-point), {100 * area:.1f} (area) after {minutes:.1f} minutes")
-
-
-def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int, args):
-    """Fine-tune the dense detector, and the same one made selective, alike; returns both."""
-    dense = finetune_dense(base, train, args.training, seed, args.out)
-    selective = finetune_selective(base, train, args.at, args.training, seed, args.out)
-    if seed == args.seeds[0]:
-        print(sparsenet.plan(selective))
-    for name, model in (("dense", dense), ("selective", selective)):
-        path = args.out / f"{name}_seed{seed}.safetensors"
-        save_checkpoint(model, path, classes=classes, width=args.width, at=args.at)
-    return dense, selective
-
-
-# fmt: off
-def parse_arguments() -> argparse.Namespace:
-    """The command line; what it leaves open is the preset's."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    add("--data", type=Path, metavar="ROOT",
-        help="folder with VOCdevkit/VOC2007 and VOC2012; without it, embedded digits")
-    add("--at", default="pool2", help="the stage after which pixels are selected (%(default)s)")
-    add("--width", type=float, help="factor on all channel counts (0.25; with --data 1)")
-    add("--checkpoint", type=Path,
-        help="dense checkpoint to start from (for digits the one in checkpoints/)")
-    add("--from-scratch", action="store_true", help="train that checkpoint first")
-    add("--dense-only", action="store_true", help="stop after --from-scratch")
-    add("--no-imagenet", dest="imagenet", action="store_false",
-        help="let --data --from-scratch begin at random, not from ImageNet weights (a download)")
-    add("--iterations", type=int, help="of fine-tuning, each detector (120; with --data 120000)")
-    add("--selector-iterations", type=int,
-        help="of the selector alone, before fine-tuning (1000; with --data 2000)")
-    add("--selector-batches", type=int, metavar="BATCHES", help="whose features are kept for it, and "
-        "repeated (100; with --data 40, which take 4 GB)")
-    add("--scratch-iterations", type=int, help="of --from-scratch (2140; with --data 120000)")
-    add("--batch-size", type=int, help="images in an iteration (16; with --data 32)")
-    add("--lr", type=float, help="highest learning rate of fine-tuning (0.005; with --data 0.01)")
-    add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
-        "are active even if not predicted (0.2; with --data 0.0216, five epochs)")
-    add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
-        "in the mask's loss: higher loses fewer objects and computes more (8; with --data 1)")
-    add("--size-balance", type=float, metavar="POWER", help="0: every missed pixel counts alike, as in "
-        "the paper; 1: every missed object does (0.5; with --data 0)")
-    add("--supervision", choices=SUPERVISIONS, default="direct", help="of the mask: "
-        + "; ".join(f"{name}: {text}" for name, text in SUPERVISIONS.items()) + " (%(default)s)")
-    add("--density", type=float, help="active share of pixels that gumbel, distilled and capacity aim at (0.3)")
-    add("--seeds", "--seed", type=int, nargs="+", default=[0],
-        help="fine-tune both once per seed (%(default)s)")
-    add("--eval-images", type=int,
-        help="evaluate the first so many test images, 0: all (200; with --data all)")
-    add("--timed-images", type=int, default=16, help="test images time is measured on (%(default)s)")
-    add("--timed-batches", type=int, nargs="+", default=[1, 8], help="batch sizes of it (%(default)s)")
-    add("--repeats", type=int, default=7, help="passes over them that are timed (%(default)s)")
-    add("--out", type=Path, default=Path("runs/ssd_voc"), help="folder for all output (%(default)s)")
-    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(),
-        help="CPU threads of an operation (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="train in bfloat16 (where the processor has it)")
-    args = parser.parse_args()
-# fmt: on
-
-    preset = PAPER if args.data else DEMO
-    for name in ("width", "eval_images", "checkpoint"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name))
-    if args.amp is None:
-        args.amp = bfloat16_is_fast(args.device)
-    mine = preset.training
-    args.training = given(
-        mine,
-        finetune=given(mine.finetune, iterations=args.iterations, batch_size=args.batch_size, lr=args.lr),
-        selector=given(mine.selector, iterations=args.selector_iterations, batch_size=args.batch_size),
-        selector_batches=args.selector_batches,
-        selector_by_task=args.selector_iterations,
-        supervision=args.supervision,
-        density=args.density,
-        mask_warmup=args.mask_warmup,
-        missed_pixel=args.missed_pixel,
-        size_balance=args.size_balance,
-        workers=args.workers,
-        amp=args.amp,
-    )
-    args.scratch = given(preset.scratch, iterations=args.scratch_iterations, batch_size=args.batch_size)
-    if args.dense_only and not args.from_scratch:
-        parser.error("--dense-only goes with --from-scratch")
-    if args.data and args.from_scratch and args.imagenet and args.width != 1:
-        parser.error("ImageNet weights are of width 1: add --no-imagenet")
-    if not args.from_scratch and args.checkpoint is None:
-        parser.error("no dense checkpoint of VOC comes with this recipe: use --checkpoint or --from-scratch")
-    return args
-
-
-def given(settings: Any, **values) -> Any:
-    """The settings, a dataclass, with those of the values that are not None."""
-    return replace(settings, **{name: value for name, value in values.items() if value is not None})
-
-
-def bfloat16_is_fast(device: str) -> bool:
-    """Whether the processor has units for it: vector instructions alone, avx512_bf16, are no faster than float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
 
 if __name__ == "__main__":
-    main()
+    run(RECIPE)

@@ -1,4 +1,4 @@
-"""Training augmentation: image and target in, image (3, 300, 300) float and its remaining boxes out.
+"""Training augmentation: image and target in, image (3, size, size) float and its remaining boxes out.
 
 SSD's augmentation is torchvision's: its crop and zoom were written after SSD's. The digits get the
 same steps in a mild form, because they come in every size and place already and a short training
@@ -11,25 +11,25 @@ from torchvision.transforms import v2
 MEAN = (123, 117, 104)  # of VGG's training images, RGB
 
 
-def ssd_augmentation() -> v2.Compose:
-    """The original's: distort, zoom out up to 4 times, crop, warp to 300x300, mirror."""
+def ssd_augmentation(size: int = 300) -> v2.Compose:
+    """The original's: distort, zoom out up to 4 times, crop, warp to `size`, mirror."""
     return v2.Compose([
         v2.RandomPhotometricDistort(),
         v2.RandomZoomOut(fill=MEAN, side_range=(1, 4)),
         v2.RandomIoUCrop(),
-        v2.Resize((300, 300), antialias=False),
+        v2.Resize((size, size), antialias=False),
         v2.RandomHorizontalFlip(),
         *_finish(),
     ])  # fmt: skip
 
 
-def digits_augmentation() -> v2.Compose:
-    """Distort, zoom out up to 1.5 times, crop not below 0.6 of a side, warp to 300x300."""
+def digits_augmentation(size: int = 300) -> v2.Compose:
+    """Distort, zoom out up to 1.5 times, crop not below 0.6 of a side, warp to `size`."""
     return v2.Compose([
         v2.RandomPhotometricDistort(hue=(-0.02, 0.02)),
         v2.RandomApply([v2.RandomZoomOut(fill=MEAN, side_range=(1, 1.5), p=1)], p=0.25),
         v2.RandomApply([v2.RandomIoUCrop(min_scale=0.6)], p=0.4),
-        v2.Resize((300, 300), antialias=False),
+        v2.Resize((size, size), antialias=False),
         *_finish(),
     ])  # fmt: skip
 

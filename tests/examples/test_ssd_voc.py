@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import recipe
 import sparsenet
 import ssd_voc
 from data import digits_voc
@@ -29,7 +30,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         "--out out --device cpu"
     )
     monkeypatch.setattr("sys.argv", command.split())
-    ssd_voc.main()
+    recipe.run(ssd_voc.RECIPE)
 
     written = {path.name for path in (tmp_path / "out").iterdir()}
     checkpoints = {"dense_seed0.safetensors", "selective_seed0.safetensors"}
@@ -54,14 +55,19 @@ def test_recipe(tmp_path, monkeypatch, capsys):
 def test_contradictory_arguments(monkeypatch, capsys, arguments, said):
     monkeypatch.setattr("sys.argv", ["ssd_voc.py", *arguments.split()])
     with pytest.raises(SystemExit):
-        ssd_voc.parse_arguments()
+        recipe.parse_arguments(ssd_voc.RECIPE)
     assert said in capsys.readouterr().err
 
 
 def test_presets(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--data", "x", "--from-scratch", "--iterations", "12"])
-    args = ssd_voc.parse_arguments()
-    assert (args.width, args.training.finetune.batch_size, args.training.finetune.lr, args.eval_images) == (1, 32, 0.01, 0)
+    args = recipe.parse_arguments(ssd_voc.RECIPE)
+    assert (args.width, args.training.finetune.batch_size, args.training.finetune.lr, args.eval_images) == (
+        1,
+        32,
+        0.01,
+        0,
+    )
     assert (args.training.finetune.iterations, args.scratch.iterations) == (12, 120_000)
     assert [args.training.finetune.factor(step) for step in (7, 8, 10)] == pytest.approx([1, 0.1, 0.01])
 

@@ -1,0 +1,129 @@
+"""The tables' cells, and a table, as small as they get."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cells
+import paper
+import sparsenet
+from cells import Bench, Cell
+from data import digits_voc
+from data.sets import voc_or_digits
+from detectors.ssd import ssd300_vgg16_bn
+from finetune import BY_TASK, SUPERVISIONS, Training, finetune_selective
+from storage import save_checkpoint
+from training import Schedule
+
+ONCE = Schedule(iterations=1, batch_size=2, lr=0.005)
+TINY = Training(finetune=ONCE, selector=ONCE, selector_batches=1, selector_by_task=1, workers=0)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    small = digits_voc.DigitsVOC(train=2, test=2).generate(tmp_path / "small")
+    monkeypatch.setattr(digits_voc.DigitsVOC, "generate", lambda self, root: small)
+    monkeypatch.chdir(tmp_path)
+    return voc_or_digits(None, 0)
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return ssd300_vgg16_bn(11, width=0.06)
+
+
+@pytest.mark.parametrize("supervision", SUPERVISIONS)
+def test_every_supervision_trains_the_branch_and_in_its_own_phase_nothing_else(data, base, tmp_path, supervision):
+    training = replace(TINY, supervision=supervision, finetune=replace(ONCE, lr=0.0))
+    untouched = {name: value.clone() for name, value in base.state_dict().items() if "running" not in name}
+    first = sparsenet.selectify(base, "pool3", example_inputs=[torch.rand(3, 300, 300)], capacity=training.capacity)
+    selective = finetune_selective(base, data.train, "pool3", training, 0, tmp_path)
+    state = selective.state_dict()
+    for name, value in untouched.items():
+        if "num_batches" not in name:
+            assert torch.equal(state[name], value), name
+    logit = "selector.module.logit.bias"
+    assert not torch.equal(state[logit], first.state_dict()[logit])
+    assert not selective.training
+    assert all(parameter.requires_grad for parameter in selective.parameters())
+
+
+def test_a_cell_is_trained_once(data, base, tmp_path, monkeypatch):
+    bench = Bench(base, data, "a test", tmp_path / "store")
+    cell = Cell(TINY, seed=0, at="pool3", off=("non_local",))
+    figures, found = bench.measure(cell)
+    assert figures["test_images"] == 2 and found.macs == figures["macs"] < 1.1 * figures["dense_macs"]
+
+    def again(*args):
+        raise AssertionError("it is trained already")
+
+    monkeypatch.setattr(cells, "finetune_selective", again)
+    known, kept = bench.measure(cell)
+    assert known == figures
+    assert (kept.matches.correct == found.matches.correct).all() and kept.density == found.density
+    other, _ = bench.measure(replace(cell, masks="centre"))  # measured anew, with the same weights
+    assert other["masks"] == "centre" and other["minutes"] == figures["minutes"]
+    with pytest.raises(AssertionError, match="already"):
+        bench.measure(replace(cell, seed=1))
+    with pytest.raises(AssertionError, match="already"):
+        replace(bench, seen="another test").measure(cell)
+
+
+def test_a_cell_is_named_by_what_its_training_depends_on():
+    cell = Cell(TINY, seed=0, at="pool2")
+    assert cell.name == replace(cell, masks="random").name == replace(cell, training=replace(TINY, workers=3)).name
+    assert cell.name != replace(cell, training=replace(TINY, missed_pixel=2.0)).name
+    dense = Cell(TINY, seed=0)
+    assert dense.name == Cell(replace(TINY, missed_pixel=2.0, supervision="indirect"), seed=0).name
+
+
+@pytest.mark.parametrize("name", ["random", "centre"])
+def test_other_masks_have_as_many_pixels(name):
+    mask = torch.zeros(1, 38, 38, dtype=torch.bool)
+    mask[:, 3:9, 20:33] = True
+    other = cells.OTHER_MASKS[name](mask, 5)
+    assert other.sum() == mask.sum() and other.shape == mask.shape and not torch.equal(other, mask)
+    if name == "centre":
+        assert other[0, 19, 19] and not other[0, 0, 0]
+
+
+def test_tables_have_the_papers_rows():
+    rows = paper.table1(TINY, [0, 1])
+    assert [row.paper for row in rows[:5]] == [
+        "79.1",
+        "77.6, −21.0 %",
+        "77.4, −31.3 %",
+        "79.0, −10.2 %",
+        "78.9, −19.1 %",
+    ]
+    assert [cell.seed for cell in rows[1].cells] == [0, 1]
+    rows = {row.title: row for row in paper.table2(TINY, [0])}
+    assert len(rows) == 1 + 2 * 7
+    assert rows["direct, all"].paper == "78.6" and rows["indirect, ∅"].cells[0].off == paper.NONE_ON
+    assert rows["direct, D+S"].paper == "78.9"  # the second and third column by the two readings
+    for row in rows.values():
+        assert set(row.cells[0].off) <= set(paper.NONE_ON)
+    assert set(BY_TASK) <= set(SUPERVISIONS)
+
+
+def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch, capsys):
+    save_checkpoint(base, tmp_path / "dense.safetensors")
+    monkeypatch.setattr(paper, "table1", lambda training, seeds, whole=paper.table1: whole(training, seeds)[:5][::4])
+    command = (
+        "paper.py table1 --width 0.06 --checkpoint dense.safetensors --iterations 1 --selector-iterations 1 "
+        "--workers 0 --threads 1 --device cpu --out out"
+    )
+    monkeypatch.setattr("sys.argv", [*command.split(), "--only", "dense"])
+    paper.main()
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "runs" / "paper").iterdir())) == 1
+    monkeypatch.setattr("sys.argv", command.split())
+    paper.main()
+    table = json.loads((tmp_path / "out" / "table1.json").read_text())
+    assert [row["title"] for row in table["rows"]][:2] == ["baseline", "pool3, direct"]
+    assert "difference_95" in table["rows"][1] and table["seeds"] == [0]
+    assert "| pool3, direct" in (tmp_path / "out" / "table1.md").read_text()
+    assert "| pool3, direct" in capsys.readouterr().out
