@@ -19,9 +19,10 @@ import sparsenet
 from data.sets import Data
 from evaluation.detector import Evaluation, evaluate
 from evaluation.voc_map import Matches, mean_average_precision
-from finetune import Training, finetune_dense, finetune_selective, made_selective
+from finetune import Training, finetune_dense, finetune_selective, made_selective, train_dense
 from report import origin, write_json
 from storage import load_checkpoint, replacing, save_checkpoint
+from training import Schedule
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,28 @@ class Bench:
 
     Attributes:
         base: the dense detector that each starts from.
+        title: names the detector.
         seen: what it was trained on and is measured on, a line that becomes part of the cells' names.
         store: folder of the cells.
     """
 
     base: nn.Module
     data: Data
+    title: str
     seen: str
     store: Path
 
     def folder(self, cell: Cell) -> Path:
         return self.store / f"{cell.name}-{_digest(self.seen)}"
+
+    def train_base(self, schedule: Schedule, training: Training) -> None:
+        """Train `base` from scratch, unless that is done."""
+        folder = self.store / f"{self.title.replace(' ', '-')}-scratch-{_digest([self.seen, asdict(schedule)])}"
+        checkpoint = folder / "model.safetensors"
+        if not checkpoint.exists():
+            train_dense(self.base, self.data.train, schedule, f"{self.title}, from scratch", 0, training, folder)
+            save_checkpoint(self.base, checkpoint, seen=self.seen)
+        load_checkpoint(self.base, checkpoint)
 
     def measure(self, cell: Cell) -> tuple[dict[str, Any], Evaluation]:
         """Train the cell unless it is trained, evaluate it unless that is done; its figures, and all matches."""

@@ -1,7 +1,7 @@
 """The paper's tables and figures, each as a command.
 
   python -m examples.paper table1                 on embedded data, from the dense checkpoint that comes with it
-  python -m examples.paper table1 --data ROOT --width 1 --checkpoint FILE      on Pascal VOC, full width
+  python -m examples.paper table1 --data ROOT     on Pascal VOC, full width, the dense detector first
   python -m examples.paper table2 --only direct   only the cells whose name contains "direct"
 
 Each trains the cells that it needs, one after the other. A cell that was trained before is found
@@ -23,15 +23,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the recipes' modules, as where a recipe itself is run
 
+import pelee_coco
+import pelee_voc
+import ssd_coco
+import ssd_voc
 from cells import Bench, Cell
 from evaluation.detector import look
 from evaluation.voc_map import paired_bootstrap
 from figures import draw_seen
 from finetune import Training
 from memory import keep_freed_memory
-from recipe import DEMO_TRAINING, bfloat16_is_fast
+from recipe import DEMO_TRAINING, Recipe, bfloat16_is_fast
 from report import origin, table, write_json
-from ssd_voc import RECIPE
 from storage import load_checkpoint, replacing
 
 # The paper's Table 2 in both readings of its columns: the switches of the Selective Module that are off.
@@ -50,40 +53,42 @@ READINGS = (("∅", "D+S", "D+S+N", "D+N+dil", "all"), ("D", "D+S", "D+S+N", "N+
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the same cell for each seed, and what the paper has for it."""
+    """A row of a table: the same cell for each seed, what the paper has for it, and what it is compared with."""
 
     title: str
+    bench: Bench
     cells: list[Cell]
     paper: str = ""
+    baseline: list[Cell] | None = None
 
 
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    bench, training = prepare(args)
     if args.what == "fig5":
-        draw(bench, training, args)
+        draw(args)
         return
-    rows = {"table1": table1, "table2": table2}[args.what](training, args.seeds)
-    for cell in dict.fromkeys(cell for row in rows for cell in row.cells):
-        if args.only in f"{cell.name} {cell.masks}":
-            bench.measure(cell)
-    if args.only:
-        return
-    write(bench, rows, args)
+    rows = {"table1": table1, "table2": table2, "table3": table3}[args.what](args)
+    for row in rows:
+        for cell in row.cells:
+            if args.only in f"{row.bench.title} {cell.name} {cell.masks}":
+                row.bench.measure(cell)
+    if not args.only:
+        write(rows, args)
 
 
-def table1(training: Training, seeds: list[int]) -> list[Row]:
+def table1(args) -> list[Row]:
     """Two locations and two supervisions against the baseline, by the paper's loss. Then: a loss in which missed pixels
     weigh more, and what is left of its gain where the same number of pixels lie elsewhere."""
-    weighted = DEMO_TRAINING
-    favoured = replace(training, missed_pixel=weighted.missed_pixel, size_balance=weighted.size_balance)
+    bench, training = prepare(ssd_voc.RECIPE, args)
+    weights = {name: getattr(DEMO_TRAINING, name) for name in ("missed_pixel", "size_balance")}
+    baseline = [Cell(training, seed) for seed in args.seeds]
 
-    def row(title: str, at: str | None, how: Training, paper: str = "", masks: str = "own") -> Row:
-        return Row(title, [Cell(how, seed, at, masks=masks) for seed in seeds], paper)
+    def row(title: str, at: str, how: Training, paper: str = "", masks: str = "own") -> Row:
+        return Row(title, bench, [Cell(how, seed, at, masks=masks) for seed in args.seeds], paper, baseline)
 
-    rows = [row("baseline", None, training, "79.1")]
+    rows = [Row("baseline", bench, baseline, "79.1")]
     found = {
         ("pool2", "indirect"): "77.6, −21.0 %", ("pool2", "direct"): "77.4, −31.3 %",
         ("pool3", "indirect"): "79.0, −10.2 %", ("pool3", "direct"): "78.9, −19.1 %",
@@ -91,95 +96,123 @@ def table1(training: Training, seeds: list[int]) -> list[Row]:
     for at, supervision in product(("pool2", "pool3"), ("indirect", "direct")):
         how = replace(training, supervision=supervision)
         rows.append(row(f"{at}, {supervision}", at, how, found[at, supervision]))
+    favoured = replace(training, **weights)
     rows += [row(f"{at}, direct, missed pixels weigh more", at, favoured) for at in ("pool2", "pool3")]
-    rows += [
+    return rows + [
         row(f"the last at pool2, masks at {masks}", "pool2", favoured, masks=masks) for masks in ("random", "centre")
     ]
-    return rows
 
 
-def table2(training: Training, seeds: list[int]) -> list[Row]:
+def table2(args) -> list[Row]:
     """The Selective Module's parts, at the paper's 38² location."""
     found = {
         "indirect": ("61.2", "73.1", "76.5", "78.9", "79.0"),
         "direct": ("77.5", "78.9", "78.9", "77.2", "78.6"),
     }
-    rows = [Row("baseline", [Cell(training, seed) for seed in seeds], "79.1")]
+    bench, training = prepare(ssd_voc.RECIPE, args)
+    baseline = [Cell(training, seed) for seed in args.seeds]
+    rows = [Row("baseline", bench, baseline, "79.1")]
     for supervision, (variant, off) in product(("indirect", "direct"), VARIANTS.items()):
-        how = replace(training, supervision=supervision)
-        cells = [Cell(how, seed, "pool3", off) for seed in seeds]
+        cells = [Cell(replace(training, supervision=supervision), seed, "pool3", off) for seed in args.seeds]
         columns = [reading.index(variant) for reading in READINGS if variant in reading]
-        rows.append(
-            Row(f"{supervision}, {variant}", cells, " or ".join(sorted({found[supervision][c] for c in columns})))
-        )
+        paper = " or ".join(sorted({found[supervision][column] for column in columns}))
+        rows.append(Row(f"{supervision}, {variant}", bench, cells, paper, baseline))
     return rows
 
 
-def draw(bench: Bench, training: Training, args) -> None:
+def table3(args) -> list[Row]:
+    """The other detectors and data, with direct supervision."""
+    found = {
+        "ssd_coco": ("26.9 AP", "26.1 AP, −22.9 %"),
+        "pelee_voc": ("71.3", "70.1, −33.1 %"),
+        "pelee_coco": ("22.6 AP", "20.7 AP, −31.9 %"),
+    }
+    rows = []
+    for recipe in (ssd_coco.RECIPE, pelee_voc.RECIPE, pelee_coco.RECIPE):
+        bench, training = prepare(recipe, args)
+        baseline = [Cell(training, seed) for seed in args.seeds]
+        cells = [Cell(training, seed, recipe.at) for seed in args.seeds]
+        rows.append(Row(f"{recipe.name}, baseline", bench, baseline, found[recipe.name][0]))
+        rows.append(Row(f"{recipe.name}, direct", bench, cells, found[recipe.name][1], baseline))
+    return rows
+
+
+def draw(args) -> None:
     """What detectors of both supervisions look at, side by side with what they find."""
+    bench, training = prepare(ssd_voc.RECIPE, args)
     for supervision in ("direct", "indirect"):
         model, _ = bench.trained(Cell(replace(training, supervision=supervision), args.seeds[0], "pool2"))
         seen = [look(model, bench.data.test[i][0], bench.data.classes) for i in range(5)]
         draw_seen(seen, args.out / f"fig5_{supervision}.png")
 
 
-def prepare(args) -> tuple[Bench, Training]:
-    """Data, dense detector, and how the cells are trained."""
-    preset = RECIPE.paper if args.data else RECIPE.demo
-    data = RECIPE.load(args.data, args.eval_images)
-    torch.manual_seed(0)
-    base = RECIPE.detector(1 + len(data.classes), args.width).to(args.device)
-    load_checkpoint(base, args.checkpoint)
-    training = replace(
-        preset.training, missed_pixel=1.0, size_balance=0.0, workers=args.workers, amp=bfloat16_is_fast(args.device)
-    )
+def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
+    """Data, dense detector, and how the cells are trained: with the paper's loss."""
+    preset = recipe.paper if args.data else recipe.demo
+    width = args.width or preset.width
+    checkpoint = args.checkpoint or (preset.checkpoint if width == preset.width else None)
+    amp = bfloat16_is_fast(args.device)
+    training = replace(preset.training, missed_pixel=1.0, size_balance=0.0, workers=args.workers, amp=amp)
     if args.iterations:
         training = replace(training, finetune=replace(training.finetune, iterations=args.iterations))
     if args.selector_iterations:
         selector = replace(training.selector, iterations=args.selector_iterations)
         training = replace(training, selector=selector, selector_by_task=args.selector_iterations)
-    on = f"{args.data or 'digits'}, {len(data.test)} test images"
-    seen = f"{RECIPE.name} width {args.width} from {args.checkpoint.name} on {on}"
-    return Bench(base, data, seen, args.store), training
+    scratch = preset.scratch
+    if args.scratch_iterations:
+        scratch = replace(scratch, iterations=args.scratch_iterations)
+
+    data = recipe.load(args.data, args.eval_images)
+    torch.manual_seed(0)
+    base = recipe.detector(1 + len(data.classes), width).to(args.device)
+    origin = checkpoint.name if checkpoint else f"{scratch.iterations} iterations from scratch"
+    title = f"{recipe.name} width {width}"
+    seen = f"{title}, dense from {origin}, on {args.data or 'digits'}, {len(data.test)} test images"
+    bench = Bench(base, data, title, seen, args.store)
+    if checkpoint:
+        load_checkpoint(base, checkpoint)
+    else:
+        bench.train_base(scratch, training)
+    return bench, training
 
 
-def write(bench: Bench, rows: list[Row], args) -> None:
-    """Markdown and JSON of a table; the first row is what the others are compared with."""
-    baseline = [bench.measure(cell)[1].matches for cell in rows[0].cells]
-    lines = [["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]]
-    results: list[dict[str, Any]] = []
-    for row in rows:
-        figures, found = zip(*(bench.measure(cell) for cell in row.cells), strict=True)
-        eleven, area, minutes = (mean(f[key] for f in figures) for key in ("map_11_point", "map_area", "minutes"))
-        result: dict[str, Any] = {
-            "title": row.title,
-            "map_11_point": round(eleven, 2),
-            "map_11_point_by_seed": [round(f["map_11_point"], 2) for f in figures],
-            "map_area": round(area, 2),
-            "minutes": round(minutes, 1),
-            "paper": row.paper,
-        }
+def write(rows: list[Row], args) -> None:
+    """Markdown and JSON of a table."""
+    results = [result(row) for row in rows]
+    head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]
+    lines = [head]
+    for found in results:
         difference, macs, active = "", "", ""
-        if row.cells[0].at is not None:
-            pairs = list(zip(baseline, (f.matches for f in found), strict=True))
-            low, high = (100 * bound for bound in paired_bootstrap(pairs))
-            result["difference"] = round(eleven - results[0]["map_11_point"], 2)
-            result["difference_95"] = [round(low, 2), round(high, 2)]
-            result["macs_cut"] = round(
-                100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1
-            )
-            result["active"] = round(100 * mean(f["density"] for f in figures), 1)
-            difference = f"{result['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-            macs, active = f"{-result['macs_cut']:+.1f} %".replace("-", "−"), f"{result['active']:.1f} %"
-        lines.append([row.title, f"{eleven:.1f}", f"{area:.1f}", difference, macs, active, f"{minutes:.1f}", row.paper])
-        results.append(result)
+        if "difference" in found:
+            low, high = found["difference_95"]
+            difference = f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            macs, active = f"{-found['macs_cut']:+.1f} %".replace("-", "−"), f"{found['active']:.1f} %"
+        scores = [f"{found[key]:.1f}" for key in ("map_11_point", "map_area")]
+        lines.append([found["title"], *scores, difference, macs, active, f"{found['minutes']:.1f}", found["paper"]])
     text = table(lines)
     print(f"\n{text}")
-    first = rows[0].cells[0].training
-    about = origin() | {"seen": bench.seen, "seeds": args.seeds, "finetune": vars(first.finetune), "rows": results}
+    seen = list(dict.fromkeys(row.bench.seen for row in rows))
+    about = origin() | {"seen": seen, "seeds": args.seeds, "rows": results}
     write_json(args.out / f"{args.what}.json", about)
     with replacing(args.out / f"{args.what}.md") as temporary:
-        temporary.write_text(f"`{about['command']}`: {bench.seen}, seeds {args.seeds}.\n\n{text}")
+        temporary.write_text(f"`{about['command']}`: {'; '.join(seen)}; seeds {args.seeds}.\n\n{text}")
+
+
+def result(row: Row) -> dict[str, Any]:
+    """The figures of a row, means over its seeds; mAP in percent."""
+    figures, found = zip(*(row.bench.measure(cell) for cell in row.cells), strict=True)
+    by_seed = {key: [f[key] for f in figures] for key in ("map_11_point", "map_area", "minutes")}
+    said: dict[str, Any] = {"title": row.title, "paper": row.paper, "cells": [cell.name for cell in row.cells]}
+    said |= {key: round(mean(values), 2) for key, values in by_seed.items()}
+    said["map_11_point_by_seed"] = [round(value, 2) for value in by_seed["map_11_point"]]
+    if row.baseline is not None:
+        others = [row.bench.measure(cell) for cell in row.baseline]
+        pairs = [(other.matches, f.matches) for (_, other), f in zip(others, found, strict=True)]
+        said["difference"] = round(said["map_11_point"] - mean(known["map_11_point"] for known, _ in others), 2)
+        said["difference_95"] = [round(100 * bound, 2) for bound in paired_bootstrap(pairs)]
+        said["macs_cut"] = round(100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1)
+        said["active"] = round(100 * mean(f["density"] for f in figures), 1)
+    return said
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -188,7 +221,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["table1", "table2", "fig5"])
+    add("what", choices=["table1", "table2", "table3", "fig5"])
     add("--data", type=Path, metavar="ROOT", help="folder with VOCdevkit; without it, embedded digits")
     add("--width", type=float, help="factor on all channel counts (0.25; with --data 1)")
     add(
@@ -198,6 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seeds", type=int, nargs="+", default=[0], help="train each cell once per seed (%(default)s)")
     add("--only", default="", metavar="TEXT", help="only the cells whose name contains it; no table is written")
+    add("--scratch-iterations", type=int, help="of the dense detector, where no checkpoint is there")
     add("--iterations", type=int, help="of fine-tuning (120; with --data 120000)")
     add("--selector-iterations", type=int, help="of the selector alone, before (1000, or 120 by the detector's loss)")
     add("--eval-images", type=int, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
@@ -206,15 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    args = parser.parse_args()
-    preset = RECIPE.paper if args.data else RECIPE.demo
-    args.width = args.width or preset.width
-    args.checkpoint = args.checkpoint or preset.checkpoint
-    if args.checkpoint is None:
-        parser.error(
-            "no dense checkpoint of VOC comes along: train one (ssd_voc.py --from-scratch) and give --checkpoint"
-        )
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

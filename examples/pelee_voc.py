@@ -1,0 +1,31 @@
+"""Dense and selective Pelee on Pascal VOC, or on embedded digits.
+
+  python examples/pelee_voc.py --from-scratch               on embedded data
+  python examples/pelee_voc.py --data ROOT --from-scratch   the paper's experiment on Pascal VOC
+
+For what it does see ssd_voc.py.
+"""
+
+from functools import partial
+
+from data.sets import voc_or_digits
+from detectors.pelee import pelee304
+from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
+from training import Schedule
+
+RECIPE = Recipe(
+    about=__doc__,
+    name="pelee_voc",
+    detector=lambda classes, width: pelee304(classes, width=width),
+    imagenet=None,
+    load=partial(voc_or_digits, size=304),
+    at=AT,
+    demo=Preset(width=0.5, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),
+    # Pelee's own schedule.
+    paper=paper_preset(
+        Schedule(iterations=120_000, batch_size=32, lr=0.005, warmup=0.0216, milestones=(2 / 3, 5 / 6))
+    ),
+)
+
+if __name__ == "__main__":
+    run(RECIPE)
