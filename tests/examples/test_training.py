@@ -1,11 +1,21 @@
 """The loop: schedules, resuming, the errors; and checkpoints."""
 
+import contextlib
+import errno
+import os
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from storage import CheckpointError, load_checkpoint, save_checkpoint
-from training import Schedule, Shuffled, batches, fit
+from training import Schedule, Shuffled, _suspend, batches, fit
 
 SCHEDULE = Schedule(iterations=8, batch_size=2, lr=0.1, warmup=0.25)
 
@@ -72,6 +82,57 @@ def test_state_of_another_run_or_damaged(tmp_path):
         run(line(), state)
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    """A write that makes a file longer fails, as on a full disk (EFBIG for ENOSPC)."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def large():
+    return nn.Linear(300, 300)
+
+
+@pytest.mark.parametrize("write", [save_checkpoint, lambda model, path: _suspend(path, "run", {"model": model}, 0, [])])
+def test_full_disk(tmp_path, write):
+    path = tmp_path / "sub" / "file"
+    write(line(), path)
+    before = path.read_bytes()
+    with largest_file(100_000), pytest.raises(CheckpointError, match=r"sub/file could not be written.*File too large"):
+        write(large(), path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    write(large(), path)
+    assert path.stat().st_size > 100_000
+
+
+def test_full_disk_while_the_training_saves(tmp_path, monkeypatch):
+    state = tmp_path / "a.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(line(), state, stop_at=5)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*The file of before is still there, whole"):
+        run(line(), state)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+    monkeypatch.undo()
+    straight, resumed = line(), line()
+    assert run(resumed, state, stop_at=0) == run(straight, tmp_path / "b.pt")
+
+
+def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"No file of that name was there before.*another --out"):
+        save_checkpoint(line(), tmp_path / "file" / "m.safetensors")
+
+
 def test_learning_rate():
     cosine = Schedule(iterations=100, batch_size=1, lr=1, warmup=0.1)
     assert [cosine.factor(s) for s in (0, 9, 10, 55, 100)] == pytest.approx([0.1, 1, 1, 0.5, 0])
@@ -80,10 +141,58 @@ def test_learning_rate():
 
 
 def test_every_epoch_shows_every_image_once():
-    order = list(Shuffled(5, 0, 15, seed=0))
-    assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
-    assert order[:5] != order[5:10]
-    assert list(Shuffled(5, 7, 15, seed=0)) == order[7:]
+    def order(seed, positions=range(15)):
+        shuffled = Shuffled(Numbers(), seed)
+        return [int(shuffled[position][0][0]) for position in positions]
+
+    first = order(0)
+    assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
+    assert first[:5] != first[5:10]
+    assert order(0, reversed(range(15))) == first[::-1]
+    assert order(1)[:5] not in (first[:5], first[5:10])  # nor do seeds share epochs
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Random numbers of all three kinds."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64), {}
+
+
+def test_randomness_of_a_sample_depends_on_its_position_only():
+    schedule = Schedule(iterations=6, batch_size=2, lr=1)
+
+    def drawn(workers, start=0, seed=5):
+        return [
+            torch.stack(images) for images, _ in batches(Drawn(), schedule, seed=seed, workers=workers, start=start)
+        ]
+
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    straight = drawn(workers=0)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+    assert len(torch.cat(straight)[:, 1:].unique()) == 3 * 12
+    for others in (drawn(0, start=4), drawn(1, start=4)):
+        assert torch.equal(torch.cat(others), torch.cat(straight[4:]))
+    assert not torch.equal(torch.cat(drawn(0, seed=6))[:, 1:], torch.cat(straight)[:, 1:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_twice_a_run_gives_what_it_would_have_given(tmp_path, workers):
+    """Once in an iteration, once while it writes its state; see the script."""
+    script = Path(__file__).with_name("killed_run.py")
+    path = os.pathsep.join([str(script.parents[2] / "examples"), str(script.parents[2])])
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(workers)],
+        env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120,
+    )  # fmt: skip
+    (straight, model), (killed, other) = (torch.load(tmp_path / name) for name in ("straight", "killed"))
+    assert len(straight) == 12 and len(set(straight)) == 12
+    assert killed == straight
+    assert all(torch.equal(model[name], other[name]) for name in model)
 
 
 def test_checkpoint_round_trip(tmp_path):
