@@ -180,8 +180,8 @@ def fit(
     with ExitStack() as stack:
         total: nn.Module = _Total(model, beside, loss)
         if distributed.together():
-            stack.enter_context(sparsenet.train.synchronised(model))
             total = DistributedDataParallel(total)
+            stack.enter_context(sparsenet.train.synchronised(model))
         writer = stack.enter_context(_writer(log, len(losses))) if log and distributed.first() else None
         bar = tqdm(
             total=schedule.iterations,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import distributed
 import sparsenet
 from evaluation.voc_map import Matches, match
 from figures import Seen
@@ -26,19 +27,24 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, test: Dataset, num_classes: int, title: str) -> Evaluation:
-    """Detect on each test image by itself, and match to its objects."""
+    """Detect on each test image by itself, and match to its objects. Where several processes run, each detects on its
+    share of the images, and all return the same."""
     device = next(model.parameters()).device
-    predictions, targets, records = [], [], []
-    for i in tqdm(range(len(test)), desc=title, unit="image"):  # type: ignore[arg-type]
+    found_here: list[tuple[dict, dict, tuple]] = []
+    share = range(distributed.rank(), len(test), distributed.world())  # type: ignore[arg-type]
+    for i in tqdm(share, desc=title, unit="image", disable=not distributed.first()):
         image, target = test[i]
+        record: tuple = ()
         if hasattr(model, "selector"):
             with sparsenet.record(model) as rec:
                 [found] = model([image.to(device)])
-            records.append((rec.macs, rec.dense_macs, rec.density[max(rec.density)]))
+            record = (rec.macs, rec.dense_macs, rec.density[max(rec.density)])
         else:
             [found] = model([image.to(device)])
-        predictions.append({name: value.cpu() for name, value in found.items()})
-        targets.append(target)
+        found_here.append(({name: value.cpu() for name, value in found.items()}, target, record))
+    shares = distributed.gathered(found_here)
+    everything = [shares[i % len(shares)][i // len(shares)] for i in range(len(test))]  # type: ignore[arg-type]
+    predictions, targets, records = zip(*everything, strict=True)
     means = [mean(column) for column in zip(*records, strict=True)]
     return Evaluation(match(predictions, targets, num_classes), *means)
 

@@ -16,8 +16,8 @@ def synchronised(model: nn.Module, group: Any = None) -> Iterator[None]:
     """Inside, batch normalisation in training takes its statistics over the processes of a group: over all pixels of
     ordinary maps, over the active ones of guided features. For models before or after surgery, on any device.
 
+        wrapped = nn.parallel.DistributedDataParallel(model)  # before, for on CPUs it refuses what it then gets
         with sparsenet.train.synchronised(model):
-            wrapped = nn.parallel.DistributedDataParallel(model)
             ...  # train
 
     Modules change their class and keep everything else: their names, parameters and hooks. Afterwards the model is as
