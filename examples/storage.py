@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,53 @@ from torch import nn
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file and the way out."""
+    """A checkpoint that cannot be used or written; the message names the file and the way out."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    It is on the disk before it does, so that not even a power cut leaves half a file.
+
+    Raises:
+        CheckpointError: the disk is full, or cannot be written to; what was at `path` is still there.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save turns a full disk into a RuntimeError
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path} could not be written ({cause}; {_free(path.parent)}). {_whole(path)} Make room, or choose another "
+            "--out; a training that is repeated goes on from its last saved state."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is none
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
+    except OSError:
+        return "the folder cannot be made"
+
+
+def _whole(path: Path) -> str:
+    return "The file of before is still there, whole." if path.exists() else "No file of that name was there before."
 
 
 def save_checkpoint(model: nn.Module, path: Path, **about: Any) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection import ssd
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.ssd import SSD
 from torchvision.models.vgg import VGG, VGG16_BN_Weights, vgg16_bn
+
+import distributed
 
 # Anchor scales as fractions of 300 px: six maps, and the next larger one for the square between.
 SCALES = {
@@ -22,6 +24,36 @@ SCALES = {
     "coco": [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
 }
 STEPS = [8, 16, 32, 64, 100, 300]
+
+
+class SSD(ssd.SSD):
+    """torchvision's SSD, whose loss is divided by the number of positives of all processes of a run.
+
+    Of each process by itself, an image of a share with few positives would count more than one of another. The mean of
+    the losses over the processes is then that of one process with the whole batch, and so is that of their gradients.
+    """
+
+    _positives = 0
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Of a batch, or, where some anchors do not count, of each image in turn."""
+        self._positives += sum(int((matched >= 0).sum()) for matched in matched_idxs)
+        return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        self._positives = 0
+        found = super().forward(images, targets)
+        if not (self.training and distributed.together()):
+            return found
+        count = torch.tensor(float(self._positives), dtype=torch.float64, device=images[0].device)
+        scale = max(1, self._positives) / max(1 / distributed.world(), distributed.mean(count).item())
+        return {name: loss * scale for name, loss in found.items()}
 
 
 class VGG16Extractor(nn.Module):

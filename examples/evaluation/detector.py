@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import distributed
 import sparsenet
 from evaluation.voc_map import Matches, match
 from figures import Seen
@@ -33,16 +34,19 @@ def evaluate(
     title: str,
     other_mask: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Evaluation:
-    """Detect on each test image by itself, and match to its objects.
+    """Detect on each test image by itself, and match to its objects. Where several processes run, each detects on its
+    share of the images, and all return the same.
 
     Args:
         other_mask: (mask that a selective detector predicts at the stage, bool (1, h, w); index of the image) -> the
             mask that it is given instead, of any size; `None` keeps its own.
     """
     device = next(model.parameters()).device
-    predictions, targets, records = [], [], []
-    for i in tqdm(range(len(test)), desc=title, unit="image"):  # type: ignore[arg-type]
+    found_here: list[tuple[dict, dict, tuple]] = []
+    share = range(distributed.rank(), len(test), distributed.world())  # type: ignore[arg-type]
+    for i in tqdm(share, desc=title, unit="image", disable=not distributed.first()):
         image, target = test[i]
+        record: tuple = ()
         if hasattr(model, "selector"):
             given: AbstractContextManager = nullcontext()
             if other_mask is not None:
@@ -51,11 +55,13 @@ def evaluate(
                 given = sparsenet.use_mask(other_mask(rec.masks[max(rec.masks)].bool(), i))
             with given, sparsenet.record(model) as rec:
                 [found] = model([image.to(device)])
-            records.append((rec.macs, rec.dense_macs, rec.density[max(rec.density)]))
+            record = (rec.macs, rec.dense_macs, rec.density[max(rec.density)])
         else:
             [found] = model([image.to(device)])
-        predictions.append({name: value.cpu() for name, value in found.items()})
-        targets.append(target)
+        found_here.append(({name: value.cpu() for name, value in found.items()}, target, record))
+    shares = distributed.gathered(found_here)
+    everything = [shares[i % len(shares)][i // len(shares)] for i in range(len(test))]  # type: ignore[arg-type]
+    predictions, targets, records = zip(*everything, strict=True)
     means = [mean(column) for column in zip(*records, strict=True)]
     return Evaluation(match(predictions, targets, num_classes), *means)
 

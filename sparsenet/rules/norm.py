@@ -42,21 +42,43 @@ def batch_norm(
     local = len(x.selection.sites(x.grid))
     if isinstance(x, SparseFeatures) and not x.full and group is None and local > 1:
         return x.like(func(x.value, running_mean, running_var, weight, bias, True, momentum, eps))
-    active = active_rows(x)
-    active = active.to(torch.promote_types(active.dtype, torch.float32))  # as dense statistics of half precision are
-    count = int(_total(active.new_tensor(local), group))
-    if count < 2:  # no variance: the running statistics stand in, and stay as they are
-        return by_running_statistics()
-    mean = _total(active.sum(0), group) / count
-    var = _total((active - mean).square().sum(0), group) / count
+    value = normalised_over(active_rows(x), x.value, running_mean, running_var, weight, bias, momentum, eps, group)
+    # Without a variance the running statistics stand in, and stay as they are.
+    return by_running_statistics() if value is None else x.like(value)
+
+
+def normalised_over(
+    rows: Tensor,
+    value: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: Any,
+) -> Tensor | None:
+    """`value` (N, C, ...) by the statistics of `rows` (n, C), of all processes of a group, or `None` where they are
+    fewer than two; the running statistics follow."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # as dense statistics of half precision are
+    count = len(rows)
+    if group is not None:
+        counts = torch.tensor(count, device=rows.device)
+        torch.distributed.all_reduce(counts, group=group)
+        count = int(counts)
+    if count < 2:
+        return None
+    mean = _total(rows.sum(0), group) / count
+    var = _total((rows - mean).square().sum(0), group) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var), momentum)
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
-    value = (x.value - mean[:, None, None]) * scale[:, None, None]
-    value = value if bias is None else value + bias[:, None, None]
-    return x.like(value.to(x.value.dtype))
+    shape = (-1, *[1] * (value.dim() - 2))
+    result = (value - mean.view(shape)) * scale.view(shape)
+    result = result if bias is None else result + bias.view(shape)
+    return result.to(value.dtype)
 
 
 def continued(

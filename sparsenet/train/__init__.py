@@ -10,3 +10,4 @@ from sparsenet.train.distil import importance as importance
 from sparsenet.train.indirect import Indirect as Indirect
 from sparsenet.train.supervise import direct as direct
 from sparsenet.train.supervise import supervise as supervise
+from sparsenet.train.synchronise import synchronised as synchronised
