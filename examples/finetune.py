@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import sparsenet
 from sparsenet.train import Budget, Direct, Distilled, Indirect, importance, selector_only, stage_features, supervise
-from training import Schedule, Targets, batches, fit
+from training import Loss, Schedule, Targets, batches, fit
 
 SUPERVISIONS = {
     "direct": "boxes are the target of the saliency (the paper's)",
@@ -43,8 +43,10 @@ class Training:
         mask_warmup: share of the fine-tuning in which true boxes are active, predicted or not.
         missed_pixel: what a missed pixel counts in the mask's loss against a wasted one; 1 in the paper.
         size_balance: from 0, every missed pixel counts alike (the paper), to 1, every missed object does.
+        accumulate: into how many parts each batch is divided, one after the other.
+        ema: decay of the moving average of the weights that is left in the detector at the end; `None`: the last ones.
         workers: processes that prepare images.
-        amp: bfloat16 where torch's autocast has it.
+        amp: half precision where torch's autocast has it: bfloat16, or `torch.float16`.
     """
 
     finetune: Schedule
@@ -56,8 +58,15 @@ class Training:
     mask_warmup: float = 0.0
     missed_pixel: float = 1.0
     size_balance: float = 0.0
+    accumulate: int = 1
+    ema: float | None = None
     workers: int = 1
-    amp: bool = False
+    amp: bool | torch.dtype = False
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """What the forward pass runs in, but for float32."""
+        return torch.bfloat16 if self.amp is True else self.amp or None
 
     @property
     def capacity(self) -> float | None:
@@ -105,7 +114,7 @@ def finetune_selective(
     """
     torch.manual_seed(seed)
     selective: Any = made_selective(base, at, training, switches)
-    selective.to(memory_format=torch.channels_last)  # twice as fast on CPUs as the default format
+    selective.to(memory_format=torch.channels_last)
     teaching = _Teaching(selective, base, at, training)
     _train_selector(selective, train, teaching, seed, out)
     warmup = round(training.mask_warmup * training.finetune.iterations)
@@ -121,7 +130,10 @@ def finetune_selective(
         {"params": [parameter for parameter in selective.parameters() if id(parameter) not in ids]},
         {"params": branch, "lr": 10 * schedule.lr},  # it follows the features that it reads as they change
     ]
-    _fit(loss, selective, train, schedule, f"selective, seed {seed}", seed, training, out, schedule.sgd(groups))
+    optimizer = schedule.sgd(groups)
+    title = f"selective, seed {seed}"
+    beside = teaching.budget
+    _fit(loss, selective, train, schedule, title, seed, training, out, optimizer=optimizer, beside=beside)
     return selective
 
 
@@ -193,7 +205,7 @@ def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: i
         for images, targets in tqdm(made, desc=f"features, seed {seed}", unit="batch"):
             images = [image.to(device) for image in images]
             matters = teaching.matters(images, [{k: v.to(device) for k, v in target.items()} for target in targets])
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.amp):
+            with torch.autocast(device.type, training.half, enabled=training.half is not None):
                 found = stage_features(selective.eval(), images)
             if matters is not None:
                 targets = [target | {"matters": row.cpu()} for target, row in zip(targets, matters, strict=True)]
@@ -213,30 +225,40 @@ def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: i
             losses = selective(images, targets)
         return losses | {"saliency": supervision.loss()}
 
+    options: dict[str, Any] = {"optimizer": optimizer, "ema": None}
     if training.supervision in BY_TASK:
         schedule = replace(schedule, iterations=training.selector_by_task)
-        _fit(by_task, selector, train, schedule, title, seed, training, out, optimizer)
+        _fit(by_task, selector, train, schedule, title, seed, training, out, **options, beside=teaching.budget)
     else:
-        _fit(on_features, selector, train, schedule, title, seed, training, out, optimizer, features)
+        _fit(on_features, selector, train, schedule, title, seed, training, out, **options, data=features, accumulate=1)
     for parameter in frozen:
         parameter.requires_grad_(True)
 
 
 def _fit(
-    loss, model: Any, train: Dataset, schedule: Schedule, title: str, seed: int, training: Training, out: Path,
-    optimizer=None, data=None,
-) -> list[float]:  # fmt: skip
+    loss: Loss,
+    model: Any,
+    train: Dataset,
+    schedule: Schedule,
+    title: str,
+    seed: int,
+    training: Training,
+    out: Path,
+    **options,
+) -> list[float]:
     def shuffled(start: int):
         return batches(train, schedule, seed=seed, workers=training.workers, start=start)
 
     torch.manual_seed(seed)
+    name = title.replace(", ", "_").replace(" ", "_")
+    given: dict[str, Any] = {"data": shuffled, "accumulate": training.accumulate, "ema": training.ema} | options
     return fit(
-        model.to(memory_format=torch.channels_last),
+        model.to(memory_format=torch.channels_last),  # twice as fast on CPUs as the default format
         loss,
-        data or shuffled,
-        schedule,
-        optimizer=optimizer,
+        schedule=schedule,
         title=title,
         amp=training.amp,
-        state=out / f"{title.replace(', ', '_').replace(' ', '_')}.resume.pt",
+        state=out / f"{name}.resume.pt",
+        log=out / "log" / name,
+        **given,
     )

@@ -210,7 +210,9 @@ def result(row: Row) -> dict[str, Any]:
         pairs = [(other.matches, f.matches) for (_, other), f in zip(others, found, strict=True)]
         said["difference"] = round(said["map_11_point"] - mean(known["map_11_point"] for known, _ in others), 2)
         said["difference_95"] = [round(100 * bound, 2) for bound in paired_bootstrap(pairs)]
-        said["macs_cut"] = round(100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1)
+        said["macs_cut"] = round(
+            100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1
+        )
         said["active"] = round(100 * mean(f["density"] for f in figures), 1)
     return said
 

@@ -8,8 +8,9 @@ For what it does see ssd_voc.py.
 
 from functools import partial
 
-from data.sets import coco_or_digits
 from detectors.pelee import pelee304
+
+from data.sets import coco_or_digits
 from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
@@ -19,12 +20,10 @@ RECIPE = Recipe(
     detector=lambda classes, width: pelee304(classes, width=width, anchors="coco"),
     imagenet=None,
     load=partial(coco_or_digits, size=304),
-    at=AT,
+    at="backbone.trunk.pool1",  # after the first stage, 38²
     demo=Preset(width=0.5, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),
     # Pelee's own schedule.
-    paper=paper_preset(
-        Schedule(iterations=100_000, batch_size=128, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))
-    ),
+    paper=paper_preset(Schedule(iterations=100_000, batch_size=128, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )
 
 if __name__ == "__main__":

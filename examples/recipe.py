@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+import distributed
 import sparsenet
 from data.sets import Data
 from evaluation.detector import evaluate, look
@@ -89,6 +90,12 @@ def paper_preset(schedule: Schedule) -> Preset:
 def run(recipe: Recipe) -> None:
     """What a recipe does when it is called from the command line."""
     args = parse_arguments(recipe)
+    with distributed.processes(args.device) as args.device:
+        compare(recipe, args)
+
+
+def compare(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Train the two, evaluate them, and write what came out; of several processes, the first measures and writes."""
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     data = recipe.load(args.data, args.eval_images)
@@ -111,6 +118,8 @@ def run(recipe: Recipe) -> None:
         dense, selective = finetune(base, train, classes, seed, args)
         titled = {"evaluation of dense": dense, "evaluation of selective, MACs counted": selective}
         evaluations.append([evaluate(model, test, len(classes), title) for title, model in titled.items()])
+    if not distributed.first():
+        return
     images = [test[i][0].to(args.device) for i in range(0, len(test), -(-len(test) // args.timed_images))]
     models = {"dense": dense, "selective": selective}
     times = {batch: compare_speed(models, images, batch, args.repeats) for batch in args.timed_batches}
@@ -125,6 +134,7 @@ def run(recipe: Recipe) -> None:
         "at": args.at,
         "width": args.width,
         **asdict(args.training),
+        "amp": str(args.training.half),
         "minutes": round((time.perf_counter() - began) / 60, 1),
     }
     write_json(args.out / "result.json", origin() | settings | figures)
@@ -139,14 +149,16 @@ def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], 
     began = time.perf_counter()
     losses = train_dense(model, train, args.scratch, "dense from scratch", args.seeds[0], args.training, args.out)
     minutes = (time.perf_counter() - began) / 60
-    save_checkpoint(model, args.out / "dense_from_scratch.safetensors", classes=classes, width=args.width)
     matches = evaluate(model, test, len(classes), "evaluation").matches
+    if not distributed.first():
+        return
+    save_checkpoint(model, args.out / "dense_from_scratch.safetensors", classes=classes, width=args.width)
     eleven, area = mean_average_precision(matches)
     log = {
         "seed": args.seeds[0],
         "width": args.width,
         "schedule": asdict(args.scratch),
-        "bfloat16": args.training.amp,
+        "half_precision": str(args.training.half),
         "minutes": round(minutes, 1),
         "test_images": len(matches.positives),
         "map_11_point": round(100 * eleven, 3),
@@ -161,11 +173,12 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
     """Fine-tune the dense detector, and the same one made selective, alike; returns both."""
     dense = finetune_dense(base, train, args.training, seed, args.out)
     selective = finetune_selective(base, train, args.at, args.training, seed, args.out)
-    if seed == args.seeds[0]:
+    if seed == args.seeds[0] and distributed.first():
         print(sparsenet.plan(selective))
     for name, model in (("dense", dense), ("selective", selective)):
-        path = args.out / f"{name}_seed{seed}.safetensors"
-        save_checkpoint(model, path, classes=classes, width=args.width, at=args.at)
+        if distributed.first():
+            path = args.out / f"{name}_seed{seed}.safetensors"
+            save_checkpoint(model, path, classes=classes, width=args.width, at=args.at)
     return dense, selective
 
 
@@ -215,8 +228,12 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(),
         help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="train in bfloat16 (where the processor has it)")
+    add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
+        help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
+    add("--accumulate", type=int, default=1, metavar="PARTS", help="divide each batch into so many "
+        "parts, computed one after the other, to take less memory (%(default)s)")
+    add("--ema", type=float, metavar="DECAY", help="leave the moving average of a detector's weights, "
+        "such as 0.999, not the last ones")
     args = parser.parse_args()
 # fmt: on
 
@@ -224,8 +241,6 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     for name in ("width", "eval_images", "checkpoint"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
-    if args.amp is None:
-        args.amp = bfloat16_is_fast(args.device)
     mine = preset.training
     args.training = given(
         mine,
@@ -239,7 +254,9 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         missed_pixel=args.missed_pixel,
         size_balance=args.size_balance,
         workers=args.workers,
-        amp=args.amp,
+        accumulate=args.accumulate,
+        ema=args.ema,
+        amp=precision(args.amp, args.device),
     )
     args.scratch = given(preset.scratch, iterations=args.scratch_iterations, batch_size=args.batch_size)
     if args.dense_only and not args.from_scratch:
@@ -255,6 +272,11 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
 def given(settings: Any, **values) -> Any:
     """The settings, a dataclass, with those of the values that are not None."""
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
+
+
+def precision(asked: str, device: str) -> bool | torch.dtype:
+    """Of `Training.amp`."""
+    return {"auto": bfloat16_is_fast(device), "off": False, "bfloat16": True, "float16": torch.float16}[asked]
 
 
 def bfloat16_is_fast(device: str) -> bool:

@@ -20,9 +20,7 @@ RECIPE = Recipe(
     at="pool3",
     demo=Preset(width=0.25, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),
     # The original's steps, with the paper's rate and warm-up (five epochs).
-    paper=paper_preset(
-        Schedule(iterations=400_000, batch_size=32, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))
-    ),
+    paper=paper_preset(Schedule(iterations=400_000, batch_size=32, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )
 
 if __name__ == "__main__":

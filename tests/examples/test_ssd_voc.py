@@ -34,7 +34,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
 
     written = {path.name for path in (tmp_path / "out").iterdir()}
     checkpoints = {"dense_seed0.safetensors", "selective_seed0.safetensors"}
-    assert written == checkpoints | {"result.json", "result.md", "selection.png"}
+    assert written == checkpoints | {"log", "result.json", "result.md", "selection.png"}
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["command"] == f"python examples/{command}"
     assert result["test_images"] == 2
