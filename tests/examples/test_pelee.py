@@ -125,9 +125,9 @@ def test_trains_on_images_with_and_without_objects():
 
 def test_all_that_follows_stage_1_is_guided():
     """At full width; features leave where the head flattens its results, and nowhere else."""
-    model = sparsenet.selectify(pelee304(21), at=STAGE, example_inputs=[torch.rand(3, 304, 304)])
+    model = sparsenet.selectify(pelee304(21), at="pool2", example_inputs=[torch.rand(3, 304, 304)])
     plan = sparsenet.plan(model)
-    assert (plan.channels, plan.size) == (128, (38, 38))
+    assert (plan.stage, plan.channels, plan.size) == (STAGE, 128, (38, 38))
     assert plan.guided_share == plan.guided_conv_share == 1
     assert plan.downstream_macs / plan.total_macs == pytest.approx(0.734, abs=5e-4)
     heads = ["head.regression_head"] * 6 + ["head.classification_head"] * 6
@@ -216,10 +216,14 @@ def learner() -> Any:
     for convolution in model.selector.down.values():
         nn.init.normal_(convolution.weight, std=3.0)
         nn.init.zeros_(convolution.bias)
-    for name, parameter in model.head.named_parameters():
-        if name.endswith("bias"):  # from an ignored pixel 1x1 heads give their bias: the mask learns nothing of a zero
-            nn.init.normal_(parameter, std=0.1)
+    with_head_biases(model)
     return model
+
+
+def with_head_biases(model):
+    for name, parameter in model.head.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
 
 
 @pytest.mark.parametrize("how", [Direct(), Indirect()], ids=["direct", "indirect"])
@@ -235,3 +239,25 @@ def test_every_parameter_of_the_selector_learns(how):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     for name, parameter in model.selector.named_parameters():
         assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_ignored_pixel_can_return_once_the_heads_have_biases(biased):
+    """Of it a 1x1 head gives its bias alone: the mask learns nothing of a zero."""
+    dense = pelee304(4, width=0.125)
+    if biased:
+        with_head_biases(dense)
+    closed = nn.Conv2d(dense.backbone.trunk.stage1[-1].conv.out_channels, 1, 1)
+    nn.init.zeros_(closed.weight)
+    nn.init.constant_(closed.bias, -2.0)
+    model = sparsenet.selectify(dense, at=STAGE, selector=closed).train()
+    for convolution in model.selector.down.values():
+        nn.init.constant_(convolution.weight, 0.1)
+        nn.init.constant_(convolution.bias, -2.0)
+    images, targets = images_and_targets()
+    with supervise(model, Indirect()), sparsenet.record(model) as rec:
+        losses = model(images, targets)
+    assert all(rec.density[grid, grid] == 0 for grid in (38, 19, 10, 5))
+    sum(losses.values()).backward()
+    for name, parameter in model.selector.named_parameters():
+        assert bool(parameter.grad.any()) == biased, name
