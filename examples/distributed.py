@@ -14,20 +14,23 @@ from torch import Tensor
 
 
 @contextmanager
-def processes(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun has started, if it has, and leaves them at the end.
+def processes(device: str) -> Iterator[None]:
+    """Joins the processes that torchrun has started, if it has, and leaves them at the end. They talk by NCCL where the
+    device is "cuda", which is then the GPU of the process's local rank, and by Gloo elsewhere.
 
-    Gives the device of this process: with "cuda", the GPU of its local rank. They talk by NCCL on GPUs, by Gloo else.
+    Raises:
+        ValueError: for one GPU for all.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # which torchrun sets
-        yield device
+        yield
         return
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.startswith("cuda:"):
+        raise ValueError(f"every process needs a GPU of its own, not {device}: give the device 'cuda'")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield device
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        with suppress(OSError):  # not every file system can
+            _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save turns a full disk into a RuntimeError
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
@@ -74,17 +75,25 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load what `save_checkpoint` wrote into a model of the same structure.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one of another model.
+        CheckpointError: no such file, a damaged one, or one of another model; the model is as it was.
     """
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
         ) from error
-    except RuntimeError as error:
+    theirs, ours = ({name: tuple(value.shape) for name, value in s.items()} for s in (state, model.state_dict()))
+    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if different:
         with safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("about", "nothing")
-        raise CheckpointError(f"{path} is of another model; it says about itself: {about}. {error}") from error
+        name = different[0]
+        raise CheckpointError(
+            f"{path} is of another model; it says about itself: {about}. {len(different)} tensors differ, such as "
+            f"{name}: {theirs.get(name, 'missing')} in the file, {ours.get(name, 'missing')} in the model. Give "
+            "the options that it was made with, or another --checkpoint."
+        )
+    model.load_state_dict(state)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -84,8 +85,9 @@ def batches(dataset: Dataset, schedule: Schedule, *, seed: int, workers: int, st
     size, share = schedule.batch_size, distributed.share(schedule.batch_size)
     return DataLoader(
         Shuffled(dataset, seed),
-        batch_sampler=[  # type: ignore[arg-type]
-            range(step * size + share.start, step * size + share.stop) for step in range(start, schedule.iterations)
+        batch_sampler=[
+            range(step * size + share.start, step * size + share.stop)  # type: ignore[misc]
+            for step in range(start, schedule.iterations)
         ],
         num_workers=workers,
         collate_fn=_collate,
@@ -106,7 +108,8 @@ class _Total(nn.Module):
 
     def __init__(self, model: nn.Module, beside: nn.Module | None, loss: Loss):
         super().__init__()
-        self.model, self.beside, self.loss = model, beside, loss
+        self.model, self.beside = model, beside
+        self.loss: Loss = loss
 
     def forward(self, images: Images, targets: Targets, step: int) -> dict[str, Tensor]:
         return self.loss(images, targets, step)
@@ -166,7 +169,7 @@ def fit(
     if optimizer is None:
         optimizer = schedule.sgd(model.parameters())
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
-    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+    scaler = GradScaler(device.type, enabled=half is torch.float16)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "rate": rate, "scaler": scaler}
     averaged = None
     if ema is not None:
@@ -246,9 +249,9 @@ def _divided(
             "batch size that can, in each process"
         )
     for part in range(parts):
-        waits = isinstance(total, DistributedDataParallel) and part < parts - 1
-        chosen = slice(part * size, (part + 1) * size)
-        yield total.no_sync() if waits else nullcontext(), (images[chosen], targets[chosen])
+        last, chosen = part == parts - 1, slice(part * size, (part + 1) * size)
+        here = total.no_sync() if isinstance(total, DistributedDataParallel) and not last else nullcontext()
+        yield here, (images[chosen], targets[chosen])
 
 
 def _moved(images: Images, targets: Targets, device: torch.device) -> tuple[Images, Targets]:
@@ -265,9 +268,9 @@ def _writer(log: Path, start: int) -> Any:
     return SummaryWriter(str(log), purge_step=start)
 
 
-def _write(writer: Any, step: int, summands: dict[str, float], rates: list[float], others: dict[str, float]) -> None:
+def _write(writer: Any, step: int, summands: dict[str, float], rates: list, others: dict[str, float]) -> None:
     named = {f"loss/{name}": value for name, value in summands.items()}
-    named |= {f"rate/{group}": value for group, value in enumerate(rates)} | others
+    named |= {f"rate/{group}": float(value) for group, value in enumerate(rates)} | others
     for name, value in named.items():
         writer.add_scalar(name, value, step)
 

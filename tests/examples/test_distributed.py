@@ -1,7 +1,11 @@
-"""Two processes against one with the batches of both."""
+"""Two processes against one with the batches of both; torchrun starts this file as a script."""
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,10 +146,8 @@ def evaluated():
     return found
 
 
-def one_of_two(rank, folder):
+def one_of_two(folder):
     """What a rank finds: written to a file, for the parent to read."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
     found = {case: train(case, folder) for case in CASES}
     (folder / "stopped").mkdir(exist_ok=True)
     with contextlib.suppress(KeyboardInterrupt):
@@ -157,8 +159,7 @@ def one_of_two(rank, folder):
             attempt(folder)
         except Exception as error:
             found[name] = repr(error)
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"{distributed.rank()}.pt")
 
 
 def not_finite(folder):
@@ -179,7 +180,10 @@ def not_divisible(folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (folder,), RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), __file__, str(folder)]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root / "examples"), str(root)])
+    subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=200)
     return folder
 
 
@@ -238,3 +242,9 @@ def test_the_first_process_alone_writes(folder, found):
         [*(f"{case}.pt" for case in CASES), "0.pt", "1.pt"]
     )
     assert all(len(list((folder / "log" / case).iterdir())) == 1 for case in CASES)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with distributed.processes("cpu"):
+        one_of_two(Path(sys.argv[1]))

@@ -313,8 +313,13 @@ def test_checkpoint_errors(tmp_path):
     with pytest.raises(CheckpointError, match="--from-scratch"):
         load_checkpoint(line(), path)
     save_checkpoint(nn.Linear(4, 1), path, width=0.25)
-    with pytest.raises(CheckpointError, match=r"another model.*\"width\": 0.25"):
-        load_checkpoint(line(), path)
+    model = line()
+    said = r"another model.*\"width\": 0.25.*1 tensors differ.*weight: \(1, 4\) in the file, \(1, 3\).*--checkpoint"
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(model, path)
+    assert torch.equal(model.bias, line().bias)  # which would fit
+    with pytest.raises(CheckpointError, match=r"bias: \(1,\) in the file, missing in the model"):
+        load_checkpoint(nn.Linear(4, 1, bias=False), path)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(CheckpointError, match=r"m.safetensors is damaged"):
         load_checkpoint(line(), path)
