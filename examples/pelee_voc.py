@@ -8,9 +8,8 @@ For what it does see ssd_voc.py.
 
 from functools import partial
 
-from detectors.pelee import pelee304
-
 from data.sets import voc_or_digits
+from detectors.pelee import pelee304
 from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
