@@ -20,7 +20,7 @@ from data.sets import Data
 from evaluation.detector import Evaluation, evaluate
 from evaluation.voc_map import Matches, mean_average_precision
 from finetune import Training, finetune_dense, finetune_selective, made_selective, train_dense
-from report import origin, write_json
+from report import coco_percent, origin, write_json
 from storage import load_checkpoint, replacing, save_checkpoint
 from training import Schedule
 
@@ -113,6 +113,7 @@ class Bench:
                 "macs": found.macs if cell.at else None,
                 "dense_macs": found.dense_macs if cell.at else None,
                 "density": found.density,
+            "coco": coco_percent(found.coco) if found.coco else None,
             })  # fmt: skip
         known = json.loads(figures.read_text())
         with np.load(matches) as arrays:

@@ -180,14 +180,16 @@ def write(rows: list[Row], args) -> None:
     """Markdown and JSON of a table."""
     results = [result(row) for row in rows]
     head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]
-    lines = [head]
+    coco = any("coco" in found for found in results)
+    lines = [[*head[:1], *(["AP", "AP50", "AP75"] if coco else []), *head[1:]]]
     for found in results:
         difference, macs, active = "", "", ""
         if "difference" in found:
             low, high = found["difference_95"]
             difference = f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
             macs, active = f"{-found['macs_cut']:+.1f} %".replace("-", "−"), f"{found['active']:.1f} %"
-        scores = [f"{found[key]:.1f}" for key in ("map_11_point", "map_area")]
+        scores = [f"{found['coco'][key]:.1f}" if "coco" in found else "" for key in ("ap", "ap50", "ap75") if coco]
+        scores += [f"{found[key]:.1f}" for key in ("map_11_point", "map_area")]
         lines.append([found["title"], *scores, difference, macs, active, f"{found['minutes']:.1f}", found["paper"]])
     text = table(lines)
     print(f"\n{text}")
@@ -205,6 +207,11 @@ def result(row: Row) -> dict[str, Any]:
     said: dict[str, Any] = {"title": row.title, "paper": row.paper, "cells": [cell.name for cell in row.cells]}
     said |= {key: round(mean(values), 2) for key, values in by_seed.items()}
     said["map_11_point_by_seed"] = [round(value, 2) for value in by_seed["map_11_point"]]
+    if figures[0]["coco"]:
+        said["coco"] = {
+            name: None if value is None else round(mean(f["coco"][name] for f in figures), 2)
+            for name, value in figures[0]["coco"].items()
+        }
     if row.baseline is not None:
         others = [row.bench.measure(cell) for cell in row.baseline]
         pairs = [(other.matches, f.matches) for (_, other), f in zip(others, found, strict=True)]

@@ -20,7 +20,7 @@ from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
 from finetune import SUPERVISIONS, Training, finetune_dense, finetune_selective, train_dense
 from memory import keep_freed_memory
-from report import Comparison, markdown, origin, thinned, write_json
+from report import Comparison, coco_percent, markdown, origin, thinned, write_json
 from storage import load_checkpoint, replacing, save_checkpoint
 from training import Schedule
 
@@ -149,7 +149,8 @@ def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], 
     began = time.perf_counter()
     losses = train_dense(model, train, args.scratch, "dense from scratch", args.seeds[0], args.training, args.out)
     minutes = (time.perf_counter() - began) / 60
-    matches = evaluate(model, test, len(classes), "evaluation").matches
+    found = evaluate(model, test, len(classes), "evaluation")
+    matches = found.matches
     if not distributed.first():
         return
     save_checkpoint(model, args.out / "dense_from_scratch.safetensors", classes=classes, width=args.width)
@@ -163,6 +164,7 @@ def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], 
         "test_images": len(matches.positives),
         "map_11_point": round(100 * eleven, 3),
         "map_area": round(100 * area, 3),
+        "coco": coco_percent(found.coco) if found.coco else None,
         "loss": thinned(losses),
     }
     write_json(args.out / "dense_from_scratch.json", origin() | log)
@@ -276,7 +278,9 @@ def given(settings: Any, **values) -> Any:
 
 def precision(asked: str, device: str) -> bool | torch.dtype:
     """Of `Training.amp`."""
-    return {"auto": bfloat16_is_fast(device), "off": False, "bfloat16": True, "float16": torch.float16}[asked]
+    if asked == "float16":
+        return torch.float16
+    return asked == "bfloat16" or (asked == "auto" and bfloat16_is_fast(device))
 
 
 def bfloat16_is_fast(device: str) -> bool:

@@ -3,13 +3,15 @@
 import json
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
 
+from evaluation.coco_ap import COCOAP
 from evaluation.detector import Evaluation
 from evaluation.voc_map import mean_average_precision, paired_bootstrap
 from storage import replacing
@@ -36,6 +38,9 @@ class Comparison:
             by_seed = {name: [round(100 * scores[k], 3) for scores in values] for name, values in maps.items()}
             result[f"{kind}_by_seed"] = by_seed
             result[kind] = {name: round(mean(values), 3) for name, values in by_seed.items()}
+        averages = {"dense": self.dense, "selective": self.selective}
+        if self.dense[0].coco is not None:  # by the names of COCOAP
+            result["coco"] = {name: _coco(runs) for name, runs in averages.items()}
         result["difference"] = round(result["map_11_point"]["selective"] - result["map_11_point"]["dense"], 3)
         result["difference_95"] = [round(100 * bound, 3) for bound in paired_bootstrap(pairs)]
         macs, dense_macs = (mean(getattr(s, kind) for s in self.selective) for kind in ("macs", "dense_macs"))
@@ -44,6 +49,20 @@ class Comparison:
         result["active"] = round(100 * mean(s.density for s in self.selective), 2)
         result["speed"] = {f"batch {batch}": _speed(times) for batch, times in self.milliseconds.items()}
         return result
+
+
+def coco_percent(found: COCOAP) -> dict[str, float | None]:
+    """COCO's figures in percent by name; `None` where there is no object of that size."""
+    return {name: None if isnan(value) else round(100 * value, 3) for name, value in asdict(found).items()}
+
+
+def _coco(runs: list[Evaluation]) -> dict[str, float | None]:
+    """Means over the seeds, which see the same objects."""
+    by_seed = [coco_percent(run.coco) for run in runs if run.coco is not None]
+    return {
+        name: None if value is None else round(mean(found[name] or 0.0 for found in by_seed), 3)
+        for name, value in by_seed[0].items()
+    }
 
 
 def _speed(times: dict[str, list[float]]) -> dict[str, Any]:
@@ -61,13 +80,15 @@ def markdown(figures: dict[str, Any]) -> str:
     """A table of `Comparison.figures`, a row per detector."""
     low, high = figures["difference_95"]
     speeds = figures["speed"]
+    extra = ["AP", "AP50", "AP75"] if "coco" in figures else []
     columns = [f"{what}, {batch}" for batch in speeds for what in ("ms per image", "speed-up")]
-    rows = [["", "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", *columns]]
+    rows = [["", *extra, "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", *columns]]
     for name in ("dense", "selective"):
         chosen = name == "selective"
         rows.append(
             [
                 name,
+                *(f"{figures['coco'][name][key.lower()]:.1f}" for key in extra),
                 f"{figures['map_11_point'][name]:.1f}",
                 f"{figures['map_area'][name]:.1f}",
                 f"{figures['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if chosen else "",

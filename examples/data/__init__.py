@@ -1,1 +1,1 @@
-"""Data sets the recipes train on, all in the layout of Pascal VOC."""
+"""Data sets the recipes train on, in the layouts of Pascal VOC and COCO."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset, Subset
 
-from data import digits_voc, voc
+from data import coco, digits_coco, digits_voc, voc
 from data.augment import digits_augmentation, evaluation_transform, ssd_augmentation
 
 
@@ -37,6 +37,15 @@ def voc_or_digits(root: Path | None, eval_images: int, size: int = 300) -> Data:
         train = voc.VOCBoxes(digits, "2007", "trainval", classes, drop_difficult=True, transforms=augment)
         test = voc.VOCBoxes(digits, "2007", "test", classes, transforms=evaluation_transform())
     return Data(train, first(test, eval_images), classes)
+
+
+def coco_or_digits(root: Path | None, eval_images: int, size: int = 300) -> Data:
+    """COCO 2017, or embedded digits in its format; arguments as in `voc_or_digits`."""
+    embedded = root is None
+    root = root or digits_coco.DigitsCOCO().generate(Path("runs/data/digits-coco"))
+    train = coco.coco_train(root, digits_augmentation(size) if embedded else ssd_augmentation(size))
+    test = coco.coco_val(root, evaluation_transform())
+    return Data(train, first(test, eval_images), test.classes)
 
 
 def first(test: Dataset, count: int) -> Subset:

@@ -4,6 +4,7 @@ torchvision's `VOCDetection` finds the files and parses the XML; this module che
 the nested dicts of strings into boxes and labels.
 """
 
+import math
 from pathlib import Path
 from xml.etree.ElementTree import ParseError, parse
 
@@ -13,6 +14,8 @@ from torch.utils.data import ConcatDataset, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import VOCDetection
 from torchvision.io import ImageReadMode, decode_image
+
+from data.border import Border
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -35,7 +38,8 @@ class VOCBoxes(Dataset):
 
     The target has `boxes` (n, 4) xyxy in pixels, `labels` (n,) from 1 on in the order of
     `classes`, `difficult` (n,) bool. Every annotation is read at construction, so a damaged one
-    stops the run before the training, not in the middle.
+    stops the run before the training, not in the middle. Boxes are cut at the image's border, and
+    left out where nothing remains; a warning counts both (see `Border`).
 
     Args:
         root: the folder that contains VOCdevkit.
@@ -47,7 +51,8 @@ class VOCBoxes(Dataset):
         transforms: called with (image, target).
 
     Raises:
-        VOCError: missing folder or file, malformed XML, no object, unknown class, degenerate box.
+        VOCError: missing folder or file, malformed XML, no object or size, unknown class, degenerate box, or no object
+            that is not difficult in any image.
     """
 
     def __init__(self, root, year: str, image_set: str, classes=CLASSES, *, drop_difficult=False, transforms=None):
@@ -61,16 +66,21 @@ class VOCBoxes(Dataset):
         self.transforms = transforms
         self.images: list[str] = []
         self.targets: list[dict[str, Tensor]] = []
+        border = Border()
         for image, annotation in zip(files.images, files.annotations, strict=True):
             if not Path(image).is_file():
                 raise VOCError(f"Missing image {image}, named in the list {image_set} of VOC{year}. {LAYOUT}")
-            target = read_annotation(annotation, self.classes)
+            target = read_annotation(annotation, self.classes, border)
             if drop_difficult:
                 keep = ~target.pop("difficult")
                 target = {name: value[keep] for name, value in target.items()}
-            if len(target["labels"]):
+            if len(target["labels"]) or not drop_difficult:
                 self.images.append(image)
                 self.targets.append(target)
+        if not any(len(target["labels"]) for target in self.targets):
+            kind = "object that is not difficult" if drop_difficult else "object inside its image"
+            raise VOCError(f"VOC{year} {image_set} under {str(root)!r} has no {kind}. {LAYOUT}")
+        border.warn(f"VOC{year} {image_set} under {str(root)!r}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,8 +96,8 @@ class VOCBoxes(Dataset):
         return self.transforms(image, target) if self.transforms else (image, target)
 
 
-def read_annotation(path: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Boxes, labels and difficult flags of one annotation file; see `VOCBoxes`.
+def read_annotation(path: str, classes: tuple[str, ...], border: Border) -> dict[str, Tensor]:
+    """Boxes, labels and difficult flags of one annotation file; see `VOCBoxes`. `border` counts.
 
     VOC counts pixels from 1 and its maxima are inclusive, so pixel columns xmin..xmax span
     [xmin - 1, xmax] in continuous coordinates. IoU there equals the devkit's with its "+1".
@@ -101,6 +111,10 @@ def read_annotation(path: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
     objects = annotation["object"]
     if not objects:
         raise VOCError(f"{path} has no object. Leave the image out of its list in ImageSets/Main.")
+    try:
+        width, height = (float(annotation["size"][side]) for side in ("width", "height"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise VOCError(f"{path} lacks the size of its image ({error}). Correct it.") from error
     boxes, labels, difficult = [], [], []
     for number, item in enumerate(objects, start=1):
         try:
@@ -110,15 +124,18 @@ def read_annotation(path: str, classes: tuple[str, ...]) -> dict[str, Tensor]:
             raise VOCError(f"Object {number} of {path} lacks a name or a box ({error}). Correct it.") from error
         if name not in classes:
             raise VOCError(f"Object {number} of {path} is of class {name!r}; known are {', '.join(classes)}.")
-        if x2 < x1 or y2 < y1:
+        if x2 < x1 or y2 < y1 or not all(map(math.isfinite, (x1, y1, x2, y2))):
             raise VOCError(f"Object {number} of {path} has a degenerate box {(x1, y1, x2, y2)}. Correct it.")
-        boxes.append((x1 - 1, y1 - 1, x2, y2))
+        inside = border.clip((x1 - 1, y1 - 1, x2, y2), width, height)
+        if inside is None:
+            continue
+        boxes.append(inside)
         labels.append(1 + classes.index(name))
         difficult.append(item.get("difficult") == "1")
     return {
-        "boxes": torch.tensor(boxes),
-        "labels": torch.tensor(labels),
-        "difficult": torch.tensor(difficult),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "difficult": torch.tensor(difficult, dtype=torch.bool),
     }
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import distributed
 import sparsenet
+from evaluation.coco_ap import COCOAP, coco_average_precision
 from evaluation.voc_map import Matches, match
 from figures import Seen
 
@@ -24,6 +25,7 @@ class Evaluation:
     macs: float = float("nan")  # of a forward pass, Selective Module included
     dense_macs: float = float("nan")  # of the same pass without selection
     density: float = 1.0  # active share at the embed stage
+    coco: COCOAP | None = None  # of data in COCO's format
 
 
 @torch.no_grad()
@@ -62,8 +64,10 @@ def evaluate(
     shares = distributed.gathered(found_here)
     everything = [shares[i % len(shares)][i // len(shares)] for i in range(len(test))]  # type: ignore[arg-type]
     predictions, targets, records = zip(*everything, strict=True)
-    means = [mean(column) for column in zip(*records, strict=True)]
-    return Evaluation(match(predictions, targets, num_classes), *means)
+    columns = zip(("macs", "dense_macs", "density"), zip(*records, strict=True), strict=False)
+    means = {name: mean(values) for name, values in columns}
+    coco = coco_average_precision(predictions, targets) if "crowd" in targets[0] else None
+    return Evaluation(match(predictions, targets, num_classes), coco=coco, **means)
 
 
 @torch.no_grad()

@@ -26,12 +26,13 @@ def match(predictions: Sequence[dict], targets: Sequence[dict], num_classes: int
 
     A detection looks for the object of its class that it overlaps most, whether taken or not. It is
     correct if they overlap enough and no better detection has taken the object; it counts neither
-    way if the object is `difficult`. Difficult objects are not to be found.
+    way if the object is `difficult` (or, of COCO, a `crowd`). Those are not to be found.
     """
     rows = []  # (score, image, label, correct)
     positives = np.zeros((len(targets), num_classes), int)
     for image, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-        labels, difficult = target["labels"].numpy(), target["difficult"].numpy()
+        labels = target["labels"].numpy()
+        difficult = target["difficult" if "difficult" in target else "crowd"].numpy()
         np.add.at(positives[image], labels[~difficult] - 1, 1)
         overlaps = box_iou(prediction["boxes"], target["boxes"]).numpy()
         overlaps = np.where(prediction["labels"].numpy()[:, None] == labels, overlaps, -1)

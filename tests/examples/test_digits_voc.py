@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.augment import digits_augmentation, ssd_augmentation
-from data.digits_voc import CLASSES, DigitsVOC, _background, _digits, draw
+from data.digits import CLASSES, _background, _digits
+from data.digits_voc import DigitsVOC, draw
 from data.voc import VOCBoxes
 
 SMALL = DigitsVOC(train=6, test=3)
@@ -77,10 +78,10 @@ def test_splits_share_no_digit():
 def test_splits_see_different_halves_of_the_photographs(monkeypatch):
     left_dark = np.zeros((100, 100, 3), np.uint8)
     left_dark[:, 50:] = 200
-    monkeypatch.setattr("data.digits_voc._photos", lambda: [left_dark])
+    monkeypatch.setattr("data.digits._photos", lambda: [left_dark])
     rng = np.random.default_rng(0)
-    assert _background(SMALL, "train", rng).max() == 0
-    assert _background(SMALL, "test", rng).min() > 100
+    assert _background(SMALL.size, "train", rng).max() == 0
+    assert _background(SMALL.size, "test", rng).min() > 100
 
 
 def test_most_of_an_image_is_background():

@@ -5,6 +5,8 @@ from PIL import Image
 
 from data.voc import VOCBoxes, VOCError, voc_test, voc_train
 
+SIZE = "<size><width>100</width><height>80</height><depth>3</depth></size>"
+
 
 def item(name="cat", box=(11, 21, 40, 60), difficult=0):
     sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
@@ -18,7 +20,8 @@ def write(root, annotations, year="2007", image_set="trainval"):
     (base / "ImageSets" / "Main" / f"{image_set}.txt").write_text("".join(f"{name}\n" for name in annotations))
     for name, content in annotations.items():
         Image.new("RGB", (100, 80)).save(base / "JPEGImages" / f"{name}.jpg")
-        (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{content}</annotation>")
+        whole = f"<annotation>{content and SIZE + content}</annotation>"
+        (base / "Annotations" / f"{name}.xml").write_text(whole)
     return base
 
 
@@ -63,6 +66,8 @@ def test_the_paper_trains_on_both_years(tmp_path):
         ("<filename>a.jpg</filename>", "no object"),
         (item("unicorn"), "'unicorn'; known are aeroplane"),
         (item(box=(50, 1, 40, 10)), "degenerate"),
+        (item(box=(1, 1, "nan", 10)), "degenerate"),
+        (item(box=(1, 1, "inf", 10)), "degenerate"),
         (item(box=("x", 1, 40, 10)), "Object 1 .*'x'"),
         (item().replace("xmin", "left"), "'xmin'"),
         (item() + "<object>", "no VOC annotation"),
@@ -73,6 +78,40 @@ def test_bad_annotation(tmp_path, content, said):
     with pytest.raises(VOCError, match=said) as error:
         read(tmp_path)
     assert "broken.xml" in str(error.value)
+
+
+def test_annotation_without_size(tmp_path):
+    base = write(tmp_path, {"a": item()})
+    (base / "Annotations" / "a.xml").write_text(f"<annotation>{item()}</annotation>")
+    with pytest.raises(VOCError, match=r"a\.xml lacks the size of its image"):
+        read(tmp_path)
+
+
+def test_boxes_are_cut_at_the_border_and_left_out_beyond_it(tmp_path):
+    over, beyond = item(box=(91, 71, 140, 90)), item("dog", (101, 1, 120, 20), difficult=1)
+    write(tmp_path, {"a": over + beyond, "b": beyond, "c": item(box=(0.6, 1, 100.4, 80))})
+    with pytest.warns(UserWarning, match="cut 1 boxes .* left out 2 ") as warned:
+        dataset = read(tmp_path)
+    assert len(warned) == 1
+    assert [target["labels"].tolist() for _, target in dataset] == [[8], [], [8]]
+    assert dataset[0][1]["boxes"].tolist() == [[90, 70, 100, 80]]
+    assert dataset[0][1]["difficult"].tolist() == [False]
+    assert dataset[1][1]["boxes"].shape == (0, 4)
+    assert dataset[2][1]["boxes"].tolist() == [[0, 0, 100, 80]]
+    with pytest.warns(UserWarning, match="left out 2 "):
+        assert len(read(tmp_path, drop_difficult=True)) == 2
+
+
+def test_a_box_of_one_pixel_has_area(tmp_path):
+    write(tmp_path, {"a": item(box=(100, 80, 100, 80))})
+    assert read(tmp_path)[0][1]["boxes"].tolist() == [[99, 79, 100, 80]]
+
+
+def test_a_split_without_any_object_to_learn(tmp_path):
+    write(tmp_path, {"a": item(difficult=1)})
+    assert len(read(tmp_path)) == 1
+    with pytest.raises(VOCError, match=r"VOC2007 trainval .* no object that is not difficult"):
+        read(tmp_path, drop_difficult=True)
 
 
 @pytest.mark.parametrize("kind", ["JPEGImages/a.jpg", "Annotations/a.xml", "ImageSets/Main/trainval.txt"])
