@@ -1,6 +1,6 @@
 """The embedded digits in COCO's layout: small objects, crowds, sparse category ids, images without objects.
 
-    ROOT/{train2017,val2017}/*.jpg   ROOT/annotations/instances_{train,val}2017.json
+ROOT/{train2017,val2017}/*.jpg   ROOT/annotations/instances_{train,val}2017.json
 """
 
 import json
