@@ -26,7 +26,7 @@ def coco_average_precision(predictions: Sequence[dict], targets: Sequence[dict])
     marks is not to be found, and detections inside it count neither way. `area` (square pixels,
     float) decides which sizes an object belongs to; where it is 0 that of the box does.
     """
-    # As pycocotools has them: torchmetrics' own are float32, and miss a recall that lies on a point.
+    # As pycocotools has them: torchmetrics' own went through float32, and some recalls miss or gain a point by it.
     thresholds, recalls = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
     metric = MeanAveragePrecision(
         iou_thresholds=thresholds.tolist(), rec_thresholds=recalls.tolist(), backend="faster_coco_eval"

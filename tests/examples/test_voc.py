@@ -90,7 +90,7 @@ def test_annotation_without_size(tmp_path):
 def test_boxes_are_cut_at_the_border_and_left_out_beyond_it(tmp_path):
     over, beyond = item(box=(91, 71, 140, 90)), item("dog", (101, 1, 120, 20), difficult=1)
     write(tmp_path, {"a": over + beyond, "b": beyond, "c": item(box=(0.6, 1, 100.4, 80))})
-    with pytest.warns(UserWarning, match="cut 1 boxes .* left out 2 ") as warned:
+    with pytest.warns(UserWarning, match=r"cut 1 boxes .* left out 2 ") as warned:
         dataset = read(tmp_path)
     assert len(warned) == 1
     assert [target["labels"].tolist() for _, target in dataset] == [[8], [], [8]]
