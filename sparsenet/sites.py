@@ -341,7 +341,7 @@ def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.devic
     return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
 
 
-@constant(32)
+@constant(64)
 def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = window.reads(0, size[0], out_size[0], device)

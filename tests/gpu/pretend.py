@@ -18,19 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from sparsenet import bench, cuda_graph, device_sweep, frozen_layer, sites
 from sparsenet.backends import choice, spconv, ways
-from sparsenet.kernels import machine, triton_index
+from sparsenet.kernels import machine
 from sparsenet.selector import Selector
 
 freezing = importlib.import_module("sparsenet.freeze")  # which the function hides
@@ -100,6 +99,7 @@ class Graph:
 
 def stand_in(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let the CPU pass for a CUDA device from here on."""
+    triton_index = importlib.import_module("sparsenet.kernels.triton_index")
     patch(Tensor, "is_cuda", property(lambda self: True))
     patch(machine, "unsupported", lambda: "the CPU stands in for a device")
     patch(sites, "_on", lambda device: None if torch.compiler.is_compiling() else triton_index)

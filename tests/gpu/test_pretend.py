@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import sparsenet
 from sparsenet.backends import triton
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import OnDevice, Reads, Spec
 from sparsenet.cuda_graph import GraphedCall
+from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import FrozenConv2d
 from sparsenet.kernels import triton_support
 from sparsenet.sites import KernelMap
@@ -60,6 +64,22 @@ def test_a_recorded_network_waits_for_nothing_and_is_exact(backend: str) -> None
     for mask in (torch.rand(2, 5, 5) < 0.3, torch.zeros(2, 5, 5, dtype=torch.bool)):
         with sparsenet.use_mask(mask):
             assert_exact(frozen, model, images())
+
+
+def test_a_recording_holds_what_its_layers_packed() -> None:
+    """A later pass may pack weights anew; what a recording reads must stay where it is."""
+    weight, scale, rows = torch.rand(4, 3, 3, 3), torch.rand(4), torch.rand(12, 3)
+    spec = Spec((1, 1), (1, 1), (1, 1), 1)
+    layer = FrozenLayer("conv", weight, spec, {"guided": ["triton"], "everything": ["dense"]}, None)
+    reads = Reads(rows, None, 12, 12, 1, (3, 4), (3, 4), True)
+    found = layer.run(reads, Epilogue(scale=scale))
+    wanted = torch.nn.functional.conv2d(rows.view(1, 3, 4, 3).permute(0, 3, 1, 2), weight, padding=1)
+    torch.testing.assert_close(found, (wanted * scale[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2))
+    (way,) = layer._chosen.values()
+    assert isinstance(way, OnDevice) and way._packed is not None
+    held, packed = layer.kept(), way._packed[2]
+    way._packed = None
+    assert any(leaf is packed for leaf in tree_leaves(held))
 
 
 WAITING: dict[str, Callable[[Tensor], Any]] = {
