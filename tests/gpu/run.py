@@ -62,7 +62,7 @@ def parts(device: str) -> Iterator[Part]:
     yield _tests("networks", small, 110, "tests/gpu", "test_capacity or test_cuda")
     # What compiles for minutes is compared with by itself, so that the rest has been measured before.
     quick, slow = "cudnn,cudnn-graph,spconv", "cudnn-graph" if small else "compile"
-    yield _network(small, "ssd300_vgg16", "pool2", 0.2, 32, "float16", quick, 150)
+    yield _network(small, "ssd300_vgg16", "pool2", 0.2, 32, "float16", quick, 200)
     yield _network(small, "ssd300_vgg16", "pool2", 0.2, 1, "float16", quick, 60)
     yield _sweep(small, 100, dtypes=["float16"], batches=[32], sizes=[38, 75, 19], densities=[0.2, 0.1, 0.5])
     yield _network(small, "ssd300_vgg16", "pool2", 0.2, 32, "float16", slow, 150)

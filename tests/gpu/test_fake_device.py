@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sparsenet
-from sparsenet import constants, frozen_layer
+from sparsenet import bench, constants, coverage, engines, frozen_layer
 from sparsenet.backends.choice import Measurements
 from sparsenet.cuda_graph import GraphedCall
 from sparsenet.freeze import record_calls
+from sparsenet.frozen_modules import FrozenConv2d
 from sparsenet.kernels import triton_support
 from sparsenet.timing import by_processor
 from tests.models import Branches, selective_branches
@@ -110,6 +111,24 @@ def test_a_recorded_network_keeps_to_its_device(launches: list[str], dtype: torc
             assert frozen(images(dtype=dtype)).shape == (2, 5)
         frozen._compiled_call_impl._captured.clear()
     assert {"product", "by_channel", "pooled", "looked_up"} <= set(launches)
+
+
+def test_the_network_that_is_measured_keeps_to_its_device(launches: list[str]) -> None:
+    """SSD300 in half precision, by its own rules and as masked dense convolutions."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        network, example = bench.network_of(coverage.named("ssd300_vgg16").eval(), None, 1)
+        selector = sparsenet.GivenMask()
+        model = sparsenet.selectify(network, "pool2", selector=selector, example_inputs=example, capacity=0.2).half()
+    model, x = on_device(model), images(32, 300, torch.float16)
+    mask = torch.zeros(32, 75, 75, dtype=torch.bool, device="cuda")
+    with sparsenet.use_mask(mask):
+        frozen = sparsenet.freeze(model, x)
+        guided = {module.layer.chosen["guided"] for module in frozen.modules() if isinstance(module, FrozenConv2d)}
+        assert guided <= {"triton", "rows"}  # whichever took less of no time
+        record_calls(frozen, GraphedCall(frozen, x.device, list, (None,), Recording))
+        assert {tensor.shape[:2] for tensor in engines.tensors(frozen(x))} == {(32, 8732)}
+        record_calls(frozen, GraphedCall(frozen, x.device, list, ("reference",), Recording))
+        assert {tensor.shape[:2] for tensor in engines.tensors(frozen(x))} == {(32, 8732)}
 
 
 def test_what_leaves_the_device_is_seen(launches: list[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import sparsenet
-from sparsenet.backends import triton
+from sparsenet import backends
+from sparsenet.backends import spconv, triton
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import OnDevice, Reads, Spec
 from sparsenet.cuda_graph import GraphedCall
@@ -80,6 +83,38 @@ def test_a_recording_holds_what_its_layers_packed() -> None:
     held, packed = layer.kept(), way._packed[2]
     way._packed = None
     assert any(leaf is packed for leaf in tree_leaves(held))
+
+
+def test_spconv_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernel map, as the arguments that its implicit gemm takes, computed from them by that one's definition."""
+    signature = inspect.signature(pytest.importorskip("spconv.pytorch").ops.implicit_gemm)
+
+    def implicit_gemm(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        rows, filters, pairs = given["features"], given["filters"], given["pair_fwd"]
+        (bits,), (order,) = given["pair_mask_fwd_splits"], given["mask_argsort_fwd_splits"]
+        assert not given["is_train"] and not given["is_subm"] and given["fp32_accum"]
+        assert bits.shape == (given["num_activate_out"], 1) and sorted(order.tolist()) == list(range(len(bits)))
+        found = (bits >> torch.arange(pairs.shape[0])) & 1 > 0  # (n_out, taps)
+        read = torch.where(found[:, :, None], rows[pairs.T.clamp(min=0).long()], 0)
+        return torch.einsum("stc,otc->so", read, filters.flatten(1, 2)), None, None
+
+    library = SimpleNamespace(ops=SimpleNamespace(implicit_gemm=implicit_gemm), constants=SimpleNamespace())
+    monkeypatch.setattr(spconv, "load", lambda: library)
+    rows, weight, bias = torch.rand(9, 3), torch.rand(4, 3, 3, 3), torch.rand(4)
+    rows[7:] = 0
+    kernel_map = KernelMap(torch.randint(0, 9, (5, 9), dtype=torch.int32), 7)
+    with torch.no_grad():
+        found = spconv.convolve(rows, weight, bias, 1, kernel_map)
+    wanted = torch.einsum("stc,oct->so", rows[kernel_map.table.long()], weight.flatten(2)) + bias
+    torch.testing.assert_close(found, wanted)
+    assert library.constants.SPCONV_ALLOW_TF32 is (torch.get_float32_matmul_precision() != "highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_spconv_cannot_compute_on_a_device_falls_back_with_a_reason(dtype: torch.dtype) -> None:
+    reason = f"spconv: spconv has no {dtype} on GPUs"
+    assert backends.choose("spconv", torch.empty(4, 4, 3, 3, dtype=dtype), 1) == ("rows", reason)
 
 
 WAITING: dict[str, Callable[[Tensor], Any]] = {
