@@ -164,6 +164,20 @@ def test_the_aim_of_a_layer() -> None:
     assert point.of_aim == {"triton": pytest.approx(0.05 / (1.6 * 0.25 * 0.1 + 0.01))}
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_checkout_need_not_be_installed(installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every part would fail, after the device's time."""
+    for folder in ("sparsenet", "adapters"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: name if installed else None)
+    with script.importable(tmp_path):
+        assert (tmp_path / "sparsenet" / "adapters" / "__init__.py").exists() is not installed
+        assert sys.path[0] == str(tmp_path)
+    assert not (tmp_path / "sparsenet" / "adapters").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_no_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
