@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -408,6 +409,12 @@ class _Truth:
         return _Truth(output, coverage.FACTOR * coverage.own_error(single, output))
 
 
+def reason_of(error: Exception) -> str:
+    """What was raised, and where, in a line."""
+    (*_, place) = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0] + f" ({Path(place.filename).name}:{place.lineno})"
+
+
 def _prepared(
     makers: dict[str, Callable[[], Run]], dense: _Truth, masked: _Truth
 ) -> tuple[dict[str, Run], dict[str, str]]:
@@ -420,7 +427,7 @@ def _prepared(
             run = make()
             wrong = coverage.gap(run(), truth.output)
         except Exception as error:  # whatever an engine raises is why it cannot take the network
-            failures[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            failures[name] = reason_of(error)
             continue
         if wrong <= truth.allowed:
             runs[name] = run

@@ -181,8 +181,9 @@ class FrozenLayer:
         return known[2]
 
     def kept(self) -> list[Any]:
-        """What a later pass may drop, and a recording reads: the ways, and the normalisations folded for them."""
-        return [*self._chosen.values(), *self._epilogues.values()]
+        """What a later pass may drop, and a recording reads: what the ways have packed, and the normalisations folded
+        for them."""
+        return [*(dict(vars(way)) for way in self._chosen.values()), *self._epilogues.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is packed for this machine."""

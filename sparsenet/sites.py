@@ -116,9 +116,18 @@ class ActiveSites:
             for the mask's device; otherwise the device is asked for the number.
         by_kernel: whether compiled kernels find index and rank, and tables between such sites; by default on CPU, where
             the number is not known.
+
+    Raises:
+        ValueError: for masks of 2^31 pixels and more, whose rows are numbered by 32 bits.
     """
 
     def __init__(self, mask: Tensor, counts: list[int] | None = None, by_kernel: bool | None = None):
+        batch, height, width = mask.shape
+        if batch * (height + 1) * (width + 1) >= 1 << 31:
+            raise ValueError(
+                f"{batch} masks of {height}x{width} have more pixels than 32 bits can number: call the model with a "
+                "smaller batch"
+            )
         self.mask = mask
         if by_kernel is None:
             by_kernel = counts is None and mask.device.type == "cpu" and machine.unsupported() is None
@@ -258,6 +267,17 @@ class KernelMap:
         pairs[1, tap, slot] = output.int()
         return pairs, counts
 
+    @cached_property
+    def patterns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A map of at most 32 taps as spconv's implicit gemm reads it, all int32: the input row of each (tap, output
+        row), -1 for none; for each output row a bit for each tap that finds a row; and the output rows in the order of
+        these bits, so that rows of like pattern share a tile."""
+        found = self.table < self.inputs
+        bits = (found.long() << torch.arange(found.shape[1], device=found.device)).sum(1)
+        bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+        pairs = torch.where(found, self.table, -1).T.contiguous()
+        return pairs, bits, bits.argsort(stable=True).int()
+
 
 def _on(device: torch.device) -> ModuleType | None:
     """The kernels of a GPU, a launch in place of several of PyTorch's operations, or `None`."""
@@ -321,7 +341,7 @@ def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.devic
     return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
 
 
-@constant(32)
+@constant(64)
 def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = window.reads(0, size[0], out_size[0], device)

@@ -15,6 +15,8 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
+# On devices, whose kernels are compiled for every new geometry.
+hypothesis.settings.register_profile("device", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -161,3 +161,10 @@ def test_an_unknown_padding_mode_is_refused() -> None:
     sites = ActiveSites(torch.ones(1, 2, 2).bool())
     with pytest.raises(ValueError, match="'mirror' is not one of zeros, reflect, replicate, circular"):
         kernel_map(sites, Window((3, 3), padding=(1, 1), padding_mode="mirror"), sites)
+
+
+def test_more_pixels_than_32_bits_number() -> None:
+    mask = torch.zeros(1, 1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="2 masks of 32768x32768 have more pixels than 32 bits can number"):
+        ActiveSites(mask.expand(2, 1 << 15, 1 << 15))
+    ActiveSites(mask.expand(1, 1 << 15, 1 << 15))

@@ -14,7 +14,7 @@ from sparsenet.sites import KernelMap
 def test_masked_pairs(sites: int, taps: int, inputs: int) -> None:
     """From the pairs alone, as implicit gemm reads them: where a bit is set, and only there, a tap has an input row."""
     table = torch.randint(0, inputs + 2, (sites, taps), dtype=torch.int32)
-    pairs, bits, order = spconv.masked_pairs(KernelMap(table, inputs))
+    pairs, bits, order = KernelMap(table, inputs).patterns
     assert {part.dtype for part in (pairs, bits, order)} == {torch.int32}
     assert pairs.shape == (taps, sites) and pairs.is_contiguous()
     assert pairs.T.tolist() == [[row if row < inputs else -1 for row in line] for line in table.tolist()]
@@ -29,7 +29,7 @@ def test_masked_pairs_multiply_as_the_convolution(sites: int, inputs: int) -> No
     """The definition of implicit gemm, tap by tap."""
     table = torch.randint(0, inputs + 2, (sites, 4), dtype=torch.int32)
     rows, weight = torch.randn(inputs, 3).double(), torch.randn(5, 3, 2, 2).double()
-    pairs, bits, order = spconv.masked_pairs(KernelMap(table, inputs))
+    pairs, bits, order = KernelMap(table, inputs).patterns
     out = torch.zeros(sites, 5).double()
     for site in order.tolist():
         for tap in range(4):

@@ -26,6 +26,7 @@ def load() -> SimpleNamespace:
             spconv = importlib.import_module("spconv.pytorch")
             return SimpleNamespace(
                 ops=spconv.ops,
+                constants=importlib.import_module("spconv.constants"),
                 convolve=importlib.import_module("spconv.pytorch.functional").SparseConvFunction.apply,
                 native=importlib.import_module("spconv.core").ConvAlgo.Native,
             )
@@ -70,6 +71,8 @@ def _convolve(rows: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
     if outputs == 0 or len(rows) == 0:
         # spconv asserts on empty tensors; the sum keeps both operands in the graph.
         return rows.new_zeros(outputs, weight.shape[0]) + (rows.sum() + weight.sum()) * 0
+    # As matrix products have it.
+    spconv.constants.SPCONV_ALLOW_TF32 = torch.get_float32_matmul_precision() != "highest"
     filters = weight.permute(0, 2, 3, 1).contiguous()
     rows = rows.contiguous()
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
@@ -82,7 +85,7 @@ def _convolve(rows: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
 
 def _implicit_gemm(spconv: SimpleNamespace, rows: Tensor, filters: Tensor, kernel_map: KernelMap) -> Tensor:
     """The CUDA path, whose sums are of float32."""
-    pairs, bits, order = masked_pairs(kernel_map)
+    pairs, bits, order = kernel_map.patterns
     every_tap = [np.array([0xFFFFFFFF], dtype=np.uint32)]
     result: Tensor
     result, *_ = spconv.ops.implicit_gemm(
@@ -98,14 +101,3 @@ def _implicit_gemm(spconv: SimpleNamespace, rows: Tensor, filters: Tensor, kerne
         fp32_accum=True,
     )
     return result
-
-
-def masked_pairs(kernel_map: KernelMap) -> tuple[Tensor, Tensor, Tensor]:
-    """A kernel map of at most 32 taps as implicit gemm reads it, all int32: the input row of each (tap, output row), -1
-    for none; for each output row a bit for each tap that finds a row; and the output rows in the order of these bits,
-    so that rows of like pattern share a tile."""
-    found = kernel_map.table < kernel_map.inputs
-    bits = (found.long() << torch.arange(found.shape[1], device=found.device)).sum(1)
-    bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
-    pairs = torch.where(found, kernel_map.table, -1).T.contiguous()
-    return pairs, bits, bits.argsort(stable=True).int()

@@ -3,13 +3,19 @@ compiled kernels (`TRITON_CACHE_DIR`, `~/.triton/cache`)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import triton
+from triton import testing
 
 # Numbers of sites up to which a layer is small, and beyond which block sizes no longer change.
 FEWEST, MOST = 1 << 9, 1 << 17
+
+# Milliseconds for each block size, before and while it is timed. Triton's own are 25 and 100, by which a network of
+# forty shapes of layers would take most of a minute, not counting what compilers take.
+WARMUP, TIMED = 5, 25
 
 
 def bucket(sites: int) -> int:
@@ -34,7 +40,9 @@ def tuned(configs: list[triton.Config], key: list[str], fits: Callable[..., bool
 
     if triton.knobs.runtime.interpret:
         return triton.autotune([triton.Config(interpreted)], key)
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": worth}, cache_results=True)
+    timed = functools.partial(testing.do_bench, warmup=WARMUP, rep=TIMED)
+    pruned = {"early_config_prune": worth}
+    return triton.autotune(configs, key, prune_configs_by=pruned, do_bench=timed, cache_results=True)
 
 
 def within(block: int, length: int, least: int = 16) -> bool:
