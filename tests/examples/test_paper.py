@@ -1,6 +1,7 @@
 """The tables' cells, and a table, as small as they get."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from data import digits_voc
 from data.sets import voc_or_digits
 from detectors.ssd import ssd300_vgg16_bn
 from finetune import BY_TASK, SUPERVISIONS, Training, finetune_selective
+from recipe import DEMO_SCRATCH
 from storage import save_checkpoint
 from training import Schedule
 
@@ -52,7 +54,7 @@ def test_every_supervision_trains_the_branch_and_in_its_own_phase_nothing_else(d
 
 
 def test_a_cell_is_trained_once(data, base, tmp_path, monkeypatch):
-    bench = Bench(base, data, "a test", tmp_path / "store")
+    bench = Bench(base, data, "tiny", "a test", tmp_path / "store")
     cell = Cell(TINY, seed=0, at="pool3", off=("non_local",))
     figures, found = bench.measure(cell)
     assert figures["test_images"] == 2 and found.macs == figures["macs"] < 1.1 * figures["dense_macs"]
@@ -90,8 +92,10 @@ def test_other_masks_have_as_many_pixels(name):
         assert other[0, 19, 19] and not other[0, 0, 0]
 
 
-def test_tables_have_the_papers_rows():
-    rows = paper.table1(TINY, [0, 1])
+def test_tables_have_the_papers_rows(monkeypatch):
+    monkeypatch.setattr(paper, "prepare", lambda recipe, args: (recipe.name, TINY))
+    args = Namespace(seeds=[0, 1])
+    rows = paper.table1(args)
     assert [row.paper for row in rows[:5]] == [
         "79.1",
         "77.6, −21.0 %",
@@ -100,18 +104,21 @@ def test_tables_have_the_papers_rows():
         "78.9, −19.1 %",
     ]
     assert [cell.seed for cell in rows[1].cells] == [0, 1]
-    rows = {row.title: row for row in paper.table2(TINY, [0])}
+    rows = {row.title: row for row in paper.table2(args)}
     assert len(rows) == 1 + 2 * 7
     assert rows["direct, all"].paper == "78.6" and rows["indirect, ∅"].cells[0].off == paper.NONE_ON
     assert rows["direct, D+S"].paper == "78.9"  # the second and third column by the two readings
     for row in rows.values():
         assert set(row.cells[0].off) <= set(paper.NONE_ON)
     assert set(BY_TASK) <= set(SUPERVISIONS)
+    rows = paper.table3(args)
+    assert [row.bench for row in rows] == ["ssd_coco"] * 2 + ["pelee_voc"] * 2 + ["pelee_coco"] * 2
+    assert [row.baseline for row in rows[1::2]] == [row.cells for row in rows[::2]]
 
 
 def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch, capsys):
     save_checkpoint(base, tmp_path / "dense.safetensors")
-    monkeypatch.setattr(paper, "table1", lambda training, seeds, whole=paper.table1: whole(training, seeds)[:5][::4])
+    monkeypatch.setattr(paper, "table1", lambda args, whole=paper.table1: whole(args)[:5][::4])
     command = (
         "paper.py table1 --width 0.06 --checkpoint dense.safetensors --iterations 1 --selector-iterations 1 "
         "--workers 0 --threads 1 --device cpu --out out"
@@ -127,3 +134,23 @@ def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch
     assert "difference_95" in table["rows"][1] and table["seeds"] == [0]
     assert "| pool3, direct" in (tmp_path / "out" / "table1.md").read_text()
     assert "| pool3, direct" in capsys.readouterr().out
+
+
+def test_a_dense_detector_that_has_no_checkpoint_is_trained_once(data, tmp_path, monkeypatch):
+    """Of the other detectors' table, for Pelee on VOC's layout."""
+    monkeypatch.setattr(paper, "table3", lambda args: [paper.Row("x", *one_dense_cell(args))])
+
+    def one_dense_cell(args):
+        bench, training = paper.prepare(paper.pelee_voc.RECIPE, args)
+        return bench, [Cell(training, 0)]
+
+    command = "paper.py table3 --width 0.25 --scratch-iterations 2 --iterations 1 --workers 0 --threads 1 --device cpu"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--only", "pelee"])
+    small = replace(DEMO_SCRATCH, batch_size=2)
+    demo = replace(paper.pelee_voc.RECIPE.demo, scratch=small, training=replace(TINY, workers=0))
+    monkeypatch.setattr(paper.pelee_voc, "RECIPE", replace(paper.pelee_voc.RECIPE, demo=demo))
+    paper.main()
+    folders = sorted(path.name for path in (tmp_path / "runs" / "paper").iterdir())
+    assert len(folders) == 2 and folders[1].startswith("pelee_voc-width-0.25-scratch-")
+    monkeypatch.setattr(cells, "train_dense", None)
+    paper.main()
