@@ -60,7 +60,7 @@ class Cell:
         for irrelevant in ("workers", "amp"):
             del settings["training"][irrelevant]
         if self.at is None:  # what the dense detector never sees
-            settings["training"] = {"finetune": settings["training"]["finetune"]}
+            settings["training"] = {name: settings["training"][name] for name in ("finetune", "accumulate", "ema")}
         return settings
 
 
@@ -113,7 +113,7 @@ class Bench:
                 "macs": found.macs if cell.at else None,
                 "dense_macs": found.dense_macs if cell.at else None,
                 "density": found.density,
-            "coco": coco_percent(found.coco) if found.coco else None,
+                "coco": coco_percent(found.coco) if found.coco else None,
             })  # fmt: skip
         known = json.loads(figures.read_text())
         with np.load(matches) as arrays:
@@ -123,7 +123,7 @@ class Bench:
         return known, Evaluation(kept, known["macs"], known["dense_macs"], known["density"])
 
     def trained(self, cell: Cell) -> tuple[nn.Module, float]:
-        """The cell's detector, and the minutes that its training took."""
+        """The cell's detector, and the minutes that its training took, or that of a resumed one since then."""
         folder = self.folder(cell)
         checkpoint, clock = folder / "model.safetensors", folder / "minutes.json"
         if checkpoint.exists() and clock.exists():
