@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsenet import bench, coverage, sweep
+from sparsenet import bench, coverage, device_sweep, sweep
 from sparsenet.context import use_mask
 from sparsenet.coverage import Result
 from sparsenet.freeze import freeze
@@ -143,6 +143,8 @@ def _bench(options: Any) -> int:
 def _sweep(options: Any) -> int:
     if options.model is not None:
         raise ValueError(f"--sweep times single convolutions, not {options.model}")
+    if options.device != "cpu":
+        return _device_sweep(options)
     points = []
     for point in sweep.run(threads=options.threads, repeats=options.repeats):
         points.append(point)
@@ -152,6 +154,18 @@ def _sweep(options: Any) -> int:
         sweep.save(points, options.json, options.command)
     if options.plot is not None:
         sweep.plot(points, options.plot)
+    return 0
+
+
+def _device_sweep(options: Any) -> int:
+    if options.plot is not None:
+        raise ValueError(f"curves are of the CPU's sweep: leave out --plot, and take --json on {options.device}")
+    points = []
+    for point in device_sweep.run(options.device, dtypes=(options.dtype,), repeats=options.repeats):
+        points.append(point)
+        print(device_sweep.line(point), flush=True)
+        if options.json is not None:
+            device_sweep.save(points, options.json, options.command)
     return 0
 
 

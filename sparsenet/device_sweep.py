@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from sparsenet import backends
 from sparsenet.backends import triton
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.bench import DTYPES, computing_in, device_of, gain, quartiles, reason_of
+from sparsenet.bench import DTYPES, computing_in, device_of, environment, gain, quartiles, reason_of
 from sparsenet.cuda_graph import CudaGraph
 from sparsenet.masks import blobs
 from sparsenet.selector.levels import GivenLevels, active_count
@@ -239,3 +241,11 @@ def line(point: DevicePoint) -> str:
         f"{point.dtype}, {point.batch} × {point.size}×{point.size}, {point.channels} channels, {point.density:4.0%} "
         f"active: dense {point.ms['dense']:.3f} ms, {contenders}"
     )
+
+
+def save(points: Sequence[DevicePoint], path: Path, command: str) -> None:
+    """Write all points as JSON, with the machine, the versions and the command; a file is replaced at once."""
+    found = [{**asdict(point), "of_aim": point.of_aim} for point in points]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"command": command, **environment(), "points": found}, indent=1) + "\n")
+    partial.replace(path)

@@ -1,6 +1,7 @@
 """The benchmark: what it tells, and what it refuses. Times themselves are not tested."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsenet
-from sparsenet import bench, engines, sweep
+from sparsenet import bench, device_sweep, engines, sweep
 from sparsenet.cli import main
 from sparsenet.selector import GivenMask
 from sparsenet.timing import alternate
@@ -69,6 +70,7 @@ def test_spconv_is_no_dense_engine() -> None:
     [
         (["bench"], "bench needs a MODEL, --at and --density, or --sweep"),
         (["bench", "--sweep", "resnet18"], "--sweep times single convolutions, not resnet18"),
+        (["bench", "--sweep", "--device", "cuda", "--plot", "x.png"], "leave out --plot, and take --json on cuda"),
         ([*BENCH, "--against", "eager,tensorrt"], "unknown engine tensorrt: choose among eager, compile, onnxruntime"),
         ([*BENCH, "--batch", "0"], "batch must be at least 1, not 0"),
         ([*BENCH, "--density", "0"], "density must be above 0, and 1 at most, not 0.0"),
@@ -183,3 +185,25 @@ def test_tf32_is_as_it_was_afterwards() -> None:
         with bench.computing_in(dtype):
             assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+
+
+def test_the_sweep_of_a_device_is_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own contenders, in the type that is asked for; the file is there after each point."""
+    point = device_sweep.DevicePoint("tf32", 8, 128, 19, 0.25, {"dense": 0.1, "triton": 0.05}, {"triton": 2.0}, {})
+    numbers = tmp_path / "sweep.json"
+
+    def points(device: str, dtypes: tuple[str, ...], repeats: int) -> Iterator[device_sweep.DevicePoint]:
+        assert (device, dtypes, repeats) == ("cuda", ("tf32",), 3)
+        yield point
+        assert len(json.loads(numbers.read_text())["points"]) == 1
+        yield point
+
+    monkeypatch.setattr(device_sweep, "run", points)
+    asked = ["bench", "--sweep", "--device", "cuda", "--dtype", "tf32", "--repeats", "3", "--json", str(numbers)]
+    assert main(asked) == 0
+    saved = json.loads(numbers.read_text())
+    assert saved["command"] == " ".join(["sparsenet", *asked])
+    assert [found["of_aim"]["triton"] for found in saved["points"]] == [point.of_aim["triton"]] * 2
+    assert "128 channels" in capsys.readouterr().out
