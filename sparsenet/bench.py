@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import coverage
+from sparsenet.backends import spconv
 from sparsenet.backends.choice import processor
 from sparsenet.context import use_backend, use_mask
 from sparsenet.engines import CUDA_ENGINES, ENGINES, Run, bench_extra, tensors
@@ -32,9 +33,11 @@ from sparsenet.sites import Pair
 from sparsenet.surgery import example_inputs, plan, selectify
 from sparsenet.timing import alternate, clock_of
 
-# What a selective network can be compared with, besides our own dense one: the engines, and itself on spconv.
+# What a selective network can be compared with, besides our own dense one: the engines, and itself on spconv, and on
+# GPUs on its port to Triton.
+SPARSE = ("spconv", "spconv-triton")
 RIVALS = (*ENGINES, "spconv")
-CUDA_RIVALS = (*CUDA_ENGINES, "spconv")
+CUDA_RIVALS = (*CUDA_ENGINES, "spconv", "spconv-triton")
 TORCH = ("eager", "cudnn", "cudnn-graph", "compile")
 # What a network can compute in: its tensors' dtype, and whether products of float32 may be rounded to TF32.
 DTYPES = {
@@ -53,7 +56,8 @@ class Comparison:
 
     Contenders: "sparse", the frozen selective network; "dense", the frozen original (both as CUDA graphs on a CUDA
     device, where the sparse one has a capacity of the density); those of `RIVALS`, or of `CUDA_RIVALS`, that were asked
-    for. "spconv" is the frozen selective network on that backend, and no dense engine.
+    for. "spconv" is the frozen selective network on that backend, "spconv-triton" the same with that package's kernels;
+    neither is a dense engine.
 
     Attributes:
         model: its name; `at`, the stage as asked for, and `stage`, its module path.
@@ -121,7 +125,7 @@ class Comparison:
             low, high = self.quartiles[name]
             row = (name, f"{ms:.2f}", f"{low:.2f} – {high:.2f}")
             faster = f"{self.speedup[name]:.2f}×" if name in self.speedup else ""
-            realised = f"{self._realised(name):.2f}" if name in self.speedup and name != "spconv" else ""
+            realised = f"{self._realised(name):.2f}" if name in self.speedup and name not in SPARSE else ""
             rows.append((*row, faster, realised))
         return rows + [(name, "–", reason, "", "") for name, reason in self.failures.items()]
 
@@ -237,6 +241,8 @@ def compare(
         }
         if "spconv" in against:
             makers["spconv"] = lambda: _frozen(selective, images, mask, backend="spconv")
+        if "spconv-triton" in against:
+            makers["spconv-triton"] = lambda: _ported(lambda: _frozen(selective, images, mask, backend="spconv"))
         runs, failures = _prepared(makers, _Truth.of(network, images), _Truth.of(selective, images, mask))
         if "sparse" in failures:
             raise RuntimeError(f"the sparse network takes no part: {failures['sparse']}")
@@ -415,6 +421,18 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0] + f" ({Path(place.filename).name}:{place.lineno})"
 
 
+def _ported(make: Callable[[], Run]) -> Run:
+    """A run on the backend spconv, computed by spconv-triton."""
+    with spconv.ported():
+        run = make()
+
+    def ported() -> Any:
+        with spconv.ported():
+            return run()
+
+    return ported
+
+
 def _prepared(
     makers: dict[str, Callable[[], Run]], dense: _Truth, masked: _Truth
 ) -> tuple[dict[str, Run], dict[str, str]]:
@@ -422,7 +440,7 @@ def _prepared(
     runs: dict[str, Run] = {}
     failures: dict[str, str] = {}
     for name, make in makers.items():
-        truth = masked if name in ("sparse", "spconv") else dense
+        truth = masked if name in ("sparse", *SPARSE) else dense
         try:
             run = make()
             wrong = coverage.gap(run(), truth.output)

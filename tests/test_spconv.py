@@ -1,5 +1,8 @@
 """spconv's tables, which its CUDA path reads, and what it cannot compute."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,3 +56,25 @@ def test_more_elements_than_it_can_count(monkeypatch: pytest.MonkeyPatch) -> Non
     table = torch.zeros(1, 9, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="32 bits, and here are more: use backend='rows' or 'triton'"):
         spconv.convolve(rows, torch.zeros(1, 1, 3, 3), None, 1, KernelMap(table, 5))
+
+
+def test_its_port_computes_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls on the other package, which has spconv's interface; here spconv stands in for it."""
+    monkeypatch.setitem(sys.modules, "spconv_triton", importlib.import_module("spconv"))
+    monkeypatch.setitem(sys.modules, "spconv_triton.pytorch", importlib.import_module("spconv.pytorch"))
+    monkeypatch.setitem(sys.modules, "spconv_triton.constants", importlib.import_module("spconv.constants"))
+    asked = []
+    find = importlib.import_module
+    monkeypatch.setattr(spconv.importlib, "import_module", lambda name: asked.append(name) or find(name))
+    with spconv.ported():
+        assert spconv.load().convolve is not None
+    assert asked and all(name.startswith("spconv_triton.") for name in asked)
+    asked.clear()
+    spconv.load()
+    assert asked and not any(name.startswith("spconv_triton") for name in asked)
+
+
+def test_its_port_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spconv_triton", None)
+    with spconv.ported(), pytest.raises(ImportError, match="pip install spconv-triton"):
+        spconv.load()

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +21,43 @@ from torch import Tensor
 
 from sparsenet.sites import KernelMap
 
+_package: ContextVar[str] = ContextVar("sparsenet.spconv", default="spconv")
+
+
+@contextmanager
+def ported() -> Iterator[None]:
+    """Inside, the package spconv-triton computes, spconv's port to Triton for GPUs: benchmarks compare with it."""
+    token = _package.set("spconv_triton")
+    try:
+        yield
+    finally:
+        _package.reset(token)
+
 
 def load() -> SimpleNamespace:
     """spconv's functional layer, imported when first asked for: the import takes seconds."""
+    package = _package.get()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its use of torch.cuda.amp
-            spconv = importlib.import_module("spconv.pytorch")
-            return SimpleNamespace(
-                ops=spconv.ops,
-                constants=importlib.import_module("spconv.constants"),
-                convolve=importlib.import_module("spconv.pytorch.functional").SparseConvFunction.apply,
-                native=importlib.import_module("spconv.core").ConvAlgo.Native,
-            )
+            spconv: Any
+            if package == "spconv":
+                spconv = importlib.import_module("spconv.pytorch")
+                constants = importlib.import_module("spconv.constants")
+            else:
+                spconv = importlib.import_module("spconv_triton.pytorch")
+                constants = importlib.import_module("spconv_triton.constants")
+        return SimpleNamespace(
+            ops=spconv.ops,
+            constants=constants,
+            convolve=spconv.functional.SparseConvFunction.apply,
+            native=spconv.ops.ConvAlgo.Native,
+        )
     except ImportError as error:
+        if package != "spconv":
+            raise ImportError(
+                f"the package spconv-triton could not be imported ({error}): pip install spconv-triton"
+            ) from error
         raise ImportError(
             "the spconv backend needs the package spconv, which could not be imported: install spconv-cu120 "
             "(Python < 3.12) or a newer spconv-cu12x wheel, or use backend='rows'"

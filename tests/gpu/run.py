@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 # Of them, so many seconds are kept for what is left to write.
 RESERVE = 5.0
+# Contenders that are no dense engines.
+SPARSE = ("spconv", "spconv-triton")
 # Lines of what a part printed, if it did not pass: a test's failure, or a traceback.
 TAIL = 80
 
@@ -61,7 +63,7 @@ def parts(device: str) -> Iterator[Part]:
     yield _tests("kernels", small, 100, "tests/test_triton.py", "many_programs" if small else "not compile")
     yield _tests("networks", small, 110, "tests/gpu", "test_capacity or test_cuda")
     # What compiles for minutes is compared with by itself, so that the rest has been measured before.
-    quick, slow = "cudnn,cudnn-graph,spconv", "cudnn-graph" if small else "compile"
+    quick, slow = "cudnn,cudnn-graph,spconv,spconv-triton", "cudnn-graph" if small else "compile"
     yield _network(small, "ssd300_vgg16", "pool2", 0.2, 32, "float16", quick, 200)
     yield _network(small, "ssd300_vgg16", "pool2", 0.2, 1, "float16", quick, 60)
     yield _sweep(small, 100, dtypes=["float16"], batches=[32], sizes=[38, 75, 19], densities=[0.2, 0.1, 0.5])
@@ -184,7 +186,7 @@ def aims(done: Sequence[Part]) -> list[Aim]:
     def alone() -> Iterator[float]:
         for part in networks:
             if part.name.startswith("ssd300_vgg16 1 "):
-                yield from (times for name, times in part.result["speedup"].items() if name != "spconv")
+                yield from (times for name, times in part.result["speedup"].items() if name not in SPARSE)
 
     def over(rival: str) -> Iterator[float]:
         return (point["ms"][rival] / point["ms"]["triton"] for point in points if {rival, "triton"} <= set(point["ms"]))
