@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.ssd import SSD, SSDScoringHead
+from torchvision.models.detection.ssd import SSDScoringHead
 
-from detectors.ssd import SCALES
+from detectors.ssd import SCALES, SSD
 
 Scaled = Callable[[int], int]
 
