@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from sparsenet.macs import MacCounter
 from sparsenet.record import selector_of
@@ -23,8 +24,9 @@ class Budget(nn.Module):
             loss = criterion(model(images))
         (loss + supervision.loss()).backward()
 
-    The cost is that of the masks as inference would have them, before any noise. The multiplier is a buffer: keep the
-    budget with what is saved to resume, and let `DistributedDataParallel` wrap it with the model.
+    The cost is that of the masks as inference would have them, before any noise; where `torch.distributed` has several
+    processes, that of all their batches, so that each must take part in every step. The multiplier is a buffer: keep
+    the budget with what is saved to resume.
 
     Args:
         density: target of the active share of pixels at the stage, over the batch.
@@ -90,6 +92,8 @@ class Budget(nn.Module):
     def forward(self, levels: LearnedLevels) -> Tensor:
         """The budget's part of the loss, a scalar; in training mode the multiplier moves."""
         excess = self.cost(levels) - self.target
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            excess = all_reduce(excess) / torch.distributed.get_world_size()
         loss = self.multiplier * excess + self.penalty / 2 * excess.square()
         if self.training:
             with torch.no_grad():  # a new tensor: the graph of the loss holds the old one

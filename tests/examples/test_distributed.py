@@ -99,10 +99,31 @@ def detected(model, images, targets):
     return model(images, targets)
 
 
+def budgeted(model, images, targets):
+    """With as many active pixels as a budget wants, which the model carries for this test."""
+    with sparsenet.train.supervise(model, sparsenet.train.Indirect(), budget=model.budget) as supervision:
+        losses = classified(model, images, targets)
+    return losses | {"budget": supervision.loss()}
+
+
+def budgeted_net():
+    model = selective_net(0.0)
+    model.budget = sparsenet.train.Budget(model, density=0.3)
+    return model
+
+
+def selector_alone(model, images, targets):
+    with sparsenet.train.direct(model, [target["boxes"] for target in targets]) as supervision:
+        sparsenet.train.selector_only(model, torch.stack(images))
+    return {"saliency": supervision.loss()}
+
+
 CASES = {
     "batch normalisation": (small_net, classified, 24, SCHEDULE, {}),
     "selective": (lambda: selective_net(0.0), supervised(classified), 24, SCHEDULE, {}),
     "empty mask": (lambda: selective_net(-30.0), supervised(classified), 24, SCHEDULE, {}),
+    "budget": (budgeted_net, budgeted, 24, SCHEDULE, {}),
+    "selector alone": (lambda: selective_net(0.0), selector_alone, 24, SCHEDULE, {"trained": "selector"}),
     "in parts": (linear, classified, 8, SCHEDULE, {"accumulate": 2, "ema": 0.5}),
     "detector": (small_ssd, detected, 300, SHORT, {}),
     "selective detector": (selective_ssd, supervised(detected), 300, SHORT, {}),
@@ -111,7 +132,10 @@ CASES = {
 
 def train(case, folder, stop_at=None):
     make, loss, size, schedule, options = CASES[case]
-    model = make()
+    options, model = dict(options), make()
+    trained = model.get_submodule(options.pop("trained", ""))
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
 
     def stoppable(images, targets, step):
         if step == stop_at:
@@ -119,7 +143,7 @@ def train(case, folder, stop_at=None):
         return loss(model, images, targets)
 
     losses = fit(
-        model,
+        trained,
         stoppable,
         lambda start: batches(Scenes(size), schedule, seed=0, workers=0, start=start),
         schedule,
