@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,7 @@ def test_log(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(line(), tmp_path / "b.pt", log=tmp_path / "b", stop_at=5)
     assert [step for step, _ in logged(tmp_path / "b")["loss/square"]] == [0, 1, 2, 3, 4]
+    time.sleep(1.1)  # TensorBoard orders a log's files by the second of their making
     run(line(), tmp_path / "b.pt", log=tmp_path / "b")
     assert logged(tmp_path / "b")["loss/square"] == straight["loss/square"]
 
