@@ -120,9 +120,7 @@ def finetune_selective(
     warmup = round(training.mask_warmup * training.finetune.iterations)
 
     def loss(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
-        with teaching.supervised(images, targets, step < warmup) as supervision:
-            losses = selective(images, targets)
-        return losses | {"saliency": supervision.loss()}
+        return teaching.losses(images, targets, step < warmup)
 
     schedule, branch = training.finetune, list(selective.selector.parameters())
     ids = {id(parameter) for parameter in branch}
@@ -176,6 +174,12 @@ class _Teaching:
         how = self.training.how()
         return supervise(self.selective, how, boxes, importance=matters, warmup=warmup, budget=self.budget)
 
+    def losses(self, images: list[Tensor], targets: Targets, warmup: bool = False) -> dict[str, Tensor]:
+        """The detector's own, and the mask's."""
+        with self.supervised(images, targets, warmup) as supervision:
+            losses = self.selective(images, targets)
+        return losses | {"saliency": supervision.loss()}
+
 
 def _giving_losses(detector: nn.Module) -> nn.Module:
     """A detector that gives its losses, as in training, while its normalisation works as in evaluation."""
@@ -221,9 +225,7 @@ def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: i
         return {"saliency": supervision.loss()}
 
     def by_task(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
-        with teaching.supervised(images, targets) as supervision:
-            losses = selective(images, targets)
-        return losses | {"saliency": supervision.loss()}
+        return teaching.losses(images, targets)
 
     options: dict[str, Any] = {"optimizer": optimizer, "ema": None}
     if training.supervision in BY_TASK:

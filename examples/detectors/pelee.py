@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSDScoringHead
 
-from detectors.ssd import SCALES, SSD
+from detectors.ssd import SCALES, SSD, initialise
 
 Scaled = Callable[[int], int]
 
@@ -105,11 +105,7 @@ class PeleeExtractor(nn.Module):
         read = [stage3, stage4, *[scaled(256)] * 3]
         self.predictors = nn.ModuleList(ResBlock(c, scaled(128), scaled(256)) for c in read)
         self.out_channels = [scaled(256)] * 6
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         read = []

@@ -76,11 +76,7 @@ class VGG16Extractor(nn.Module):
         self.extras = nn.Sequential(OrderedDict(_extras(scaled)))
         self.scale_weight = nn.Parameter(torch.ones(scaled(512)) * 20)
         self.out_channels = [scaled(c) for c in (512, 1024, 512, 256, 256, 256)]
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = []
@@ -91,6 +87,15 @@ class VGG16Extractor(nn.Module):
             elif name in ("relu_fc7", "relu6_2", "relu7_2", "relu8_2", "relu9_2"):
                 maps.append(x)
         return OrderedDict((str(i), m) for i, m in enumerate(maps))
+
+
+def initialise(extractor: nn.Module) -> None:
+    """Random convolutions for what is followed by ReLU, without bias at first."""
+    for module in extractor.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _trunk(scaled) -> Iterator[tuple[str, nn.Module]]:
