@@ -28,6 +28,8 @@ import pelee_voc
 import ssd_coco
 import ssd_voc
 from cells import Bench, Cell
+from claims import Claim, checked
+from claims import markdown as findings
 from evaluation.detector import look
 from evaluation.voc_map import paired_bootstrap
 from figures import draw_seen
@@ -49,6 +51,44 @@ VARIANTS = {
     "all": (),
 }
 READINGS = (("∅", "D+S", "D+S+N", "D+N+dil", "all"), ("D", "D+S", "D+S+N", "N+dil", "all"))
+
+HARDER = "direct, missed pixels weigh more"
+CLAIMS = {
+    "table1": [
+        *(
+            Claim("direct supervision cuts more than indirect", f"{at}, direct", f"{at}, indirect", "macs")
+            for at in ("pool2", "pool3")
+        ),
+        *(
+            Claim("and loses little more by it", f"{at}, indirect", f"{at}, direct", "map", holds=False)
+            for at in ("pool2", "pool3")
+        ),
+        *(
+            Claim("the 75² location cuts more than the 38²", f"pool2, {how}", f"pool3, {how}", "macs")
+            for how in ("indirect", "direct")
+        ),
+        *(Claim("at more loss", f"pool3, {how}", f"pool2, {how}", "map") for how in ("indirect", "direct")),
+        *(
+            Claim(
+                "(ours) the trained mask is worth its place",
+                f"pool2, {HARDER}",
+                f"pool2, {HARDER}, masks at {masks}",
+                "map",
+            )
+            for masks in ("random", "centre")
+        ),
+    ],
+    "table2": [
+        *(
+            Claim("stronger modules help indirect supervision", f"indirect, {more}", f"indirect, {less}", "map")
+            for less, more in (("∅", "all"), ("D", "all"))
+        ),
+        *(
+            Claim("and not direct", f"direct, {more}", f"direct, {less}", "map", holds=False)
+            for less, more in (("∅", "all"), ("D", "all"))
+        ),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -97,9 +137,9 @@ def table1(args) -> list[Row]:
         how = replace(training, supervision=supervision)
         rows.append(row(f"{at}, {supervision}", at, how, found[at, supervision]))
     favoured = replace(training, **weights)
-    rows += [row(f"{at}, direct, missed pixels weigh more", at, favoured) for at in ("pool2", "pool3")]
+    rows += [row(f"{at}, {HARDER}", at, favoured) for at in ("pool2", "pool3")]
     return rows + [
-        row(f"the last at pool2, masks at {masks}", "pool2", favoured, masks=masks) for masks in ("random", "centre")
+        row(f"pool2, {HARDER}, masks at {masks}", "pool2", favoured, masks=masks) for masks in ("random", "centre")
     ]
 
 
@@ -177,24 +217,27 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
 
 
 def write(rows: list[Row], args) -> None:
-    """Markdown and JSON of a table."""
+    """Markdown and JSON of a table, and whether what the paper found came out."""
     results = [result(row) for row in rows]
+    measured = {row.title: [row.bench.measure(cell) for cell in row.cells] for row in rows}
+    claims = [claim for claim in CLAIMS.get(args.what, []) if {claim.above, claim.below} <= measured.keys()]
+    found = [checked(claim, measured[claim.above], measured[claim.below]) for claim in claims]
     head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]
-    coco = any("coco" in found for found in results)
+    coco = any("coco" in each for each in results)
     lines = [[*head[:1], *(["AP", "AP50", "AP75"] if coco else []), *head[1:]]]
-    for found in results:
+    for each in results:
         difference, macs, active = "", "", ""
-        if "difference" in found:
-            low, high = found["difference_95"]
-            difference = f"{found['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-            macs, active = f"{-found['macs_cut']:+.1f} %".replace("-", "−"), f"{found['active']:.1f} %"
-        scores = [f"{found['coco'][key]:.1f}" if "coco" in found else "" for key in ("ap", "ap50", "ap75") if coco]
-        scores += [f"{found[key]:.1f}" for key in ("map_11_point", "map_area")]
-        lines.append([found["title"], *scores, difference, macs, active, f"{found['minutes']:.1f}", found["paper"]])
-    text = table(lines)
+        if "difference" in each:
+            low, high = each["difference_95"]
+            difference = f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            macs, active = f"{-each['macs_cut']:+.1f} %".replace("-", "−"), f"{each['active']:.1f} %"
+        scores = [f"{each['coco'][key]:.1f}" if "coco" in each else "" for key in ("ap", "ap50", "ap75") if coco]
+        scores += [f"{each[key]:.1f}" for key in ("map_11_point", "map_area")]
+        lines.append([each["title"], *scores, difference, macs, active, f"{each['minutes']:.1f}", each["paper"]])
+    text = table(lines) + (f"\n{findings(found)}" if found else "")
     print(f"\n{text}")
     seen = list(dict.fromkeys(row.bench.seen for row in rows))
-    about = origin() | {"seen": seen, "seeds": args.seeds, "rows": results}
+    about = origin() | {"seen": seen, "seeds": args.seeds, "rows": results, "findings": found}
     write_json(args.out / f"{args.what}.json", about)
     with replacing(args.out / f"{args.what}.md") as temporary:
         temporary.write_text(f"`{about['command']}`: {'; '.join(seen)}; seeds {args.seeds}.\n\n{text}")

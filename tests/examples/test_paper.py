@@ -111,6 +111,9 @@ def test_tables_have_the_papers_rows(monkeypatch):
     for row in rows.values():
         assert set(row.cells[0].off) <= set(paper.NONE_ON)
     assert set(BY_TASK) <= set(SUPERVISIONS)
+    for name, claims in paper.CLAIMS.items():
+        titles = {row.title for row in getattr(paper, name)(args)}
+        assert all({claim.above, claim.below} <= titles for claim in claims), name
     rows = paper.table3(args)
     assert [row.bench for row in rows] == ["ssd_coco"] * 2 + ["pelee_voc"] * 2 + ["pelee_coco"] * 2
     assert [row.baseline for row in rows[1::2]] == [row.cells for row in rows[::2]]
