@@ -73,6 +73,7 @@ class Bench:
         title: names the detector.
         seen: what it was trained on and is measured on, a line that becomes part of the cells' names.
         store: folder of the cells.
+        ready: gives `base` its weights, when a cell needs them.
     """
 
     base: nn.Module
@@ -80,6 +81,7 @@ class Bench:
     title: str
     seen: str
     store: Path
+    ready: Callable[[], None] = lambda: None
 
     def folder(self, cell: Cell) -> Path:
         return self.store / f"{cell.name}-{_digest(self.seen)}"
@@ -124,6 +126,7 @@ class Bench:
 
     def trained(self, cell: Cell) -> tuple[nn.Module, float]:
         """The cell's detector, and the minutes that its training took, or that of a resumed one since then."""
+        self.ready()
         folder = self.folder(cell)
         checkpoint, clock = folder / "model.safetensors", folder / "minutes.json"
         if checkpoint.exists() and clock.exists():

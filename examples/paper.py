@@ -208,11 +208,14 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     origin = checkpoint.name if checkpoint else f"{scratch.iterations} iterations from scratch"
     title = f"{recipe.name} width {width}"
     seen = f"{title}, dense from {origin}, on {args.data or 'digits'}, {len(data.test)} test images"
-    bench = Bench(base, data, title, seen, args.store)
-    if checkpoint:
-        load_checkpoint(base, checkpoint)
-    else:
-        bench.train_base(scratch, training)
+
+    def ready() -> None:
+        if checkpoint:
+            load_checkpoint(base, checkpoint)
+        else:
+            bench.train_base(scratch, training)
+
+    bench = Bench(base, data, title, seen, args.store, ready)
     return bench, training
 
 

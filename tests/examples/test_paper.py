@@ -148,10 +148,13 @@ def test_a_dense_detector_that_has_no_checkpoint_is_trained_once(data, tmp_path,
         return bench, [Cell(training, 0)]
 
     command = "paper.py table3 --width 0.25 --scratch-iterations 2 --iterations 1 --workers 0 --threads 1 --device cpu"
-    monkeypatch.setattr("sys.argv", [*command.split(), "--only", "pelee"])
     small = replace(DEMO_SCRATCH, batch_size=2)
     demo = replace(paper.pelee_voc.RECIPE.demo, scratch=small, training=replace(TINY, workers=0))
     monkeypatch.setattr(paper.pelee_voc, "RECIPE", replace(paper.pelee_voc.RECIPE, demo=demo))
+    monkeypatch.setattr("sys.argv", [*command.split(), "--only", "no such cell"])
+    paper.main()
+    assert not (tmp_path / "runs" / "paper").exists()
+    monkeypatch.setattr("sys.argv", [*command.split(), "--only", "pelee"])
     paper.main()
     folders = sorted(path.name for path in (tmp_path / "runs" / "paper").iterdir())
     assert len(folders) == 2 and folders[1].startswith("pelee_voc-width-0.25-scratch-")
