@@ -236,18 +236,34 @@ class OnRows:
         return backends.convolve(self.name, rows, self._weight, None, self.groups, kernel_map)
 
 
+# Runs of a layer without oneDNN after which its packed weights are given up, where another way holds the weights too.
+# To pack them again takes a few milliseconds, once for masks of all pixels that follow one another.
+MOST_IDLE = 8
+
+
 class Dense:
     """oneDNN's convolution with packed weights, of maps of which every pixel is computed."""
 
     name = "dense"
 
     def __init__(self, weight: Tensor, spec: Spec):
-        self._weight = weight
+        self._weight: Tensor | Way = weight
         self.spec = spec
         self._packed: tuple[Tensor | None, Pair, Tensor] | None = None
+        self._idle = 0
 
     def weight(self) -> Tensor:
-        return self._weight
+        return self._weight if isinstance(self._weight, Tensor) else self._weight.weight()
+
+    def stand_beside(self, other: Way) -> None:
+        """Hold no weight but another way's, which computes the layer as a rule."""
+        self._weight, self._packed = other, None
+
+    def count(self, ran: bool) -> None:
+        """The layer was computed, by this way or the one beside it."""
+        self._idle = 0 if ran else self._idle + 1
+        if self._idle == MOST_IDLE:
+            self._packed = None
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         reads = reads.multiplied()
@@ -277,7 +293,7 @@ class Dense:
         size = (x.shape[2], x.shape[3])
         kept = self._packed  # read once, because other threads may replace it
         if kept is None or kept[0] is not scale or kept[1] != size:
-            weight = self._weight if scale is None else self._weight * scale[:, None, None, None]
+            weight = self.weight() if scale is None else self.weight() * scale[:, None, None, None]
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
             spec = self.spec
             packed = reorder(weight, spec.padding, spec.stride, spec.dilation, spec.groups, list(x.shape))
@@ -305,6 +321,6 @@ class OnDevice(Dense):
         """Scaled, in channels-last memory; those of the last scale are kept."""
         kept = self._packed  # read once, because other threads may replace it
         if kept is None or kept[0] is not scale:
-            weight = self._weight if scale is None else (self._weight * scale[:, None, None, None]).to(x.dtype)
+            weight = self.weight() if scale is None else (self.weight() * scale[:, None, None, None]).to(x.dtype)
             kept = self._packed = (scale, (0, 0), weight.contiguous(memory_format=torch.channels_last))
         return kept[2]
