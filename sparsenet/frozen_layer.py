@@ -41,7 +41,7 @@ class FrozenLayer:
     While there are `measurements`, the first run of each kind measures all `candidates` on what it reads and keeps the
     fastest, the first one where it makes little difference; of the others no weights stay. `settle` ends that. Then the
     weights are there once, in the order of the way that computes them, but for Winograd's, which are transformed, and
-    oneDNN's, as long as all pixels are computed.
+    those of a second way as long as all pixels are computed.
 
     Args:
         path: of its module in the model.
@@ -69,7 +69,7 @@ class FrozenLayer:
         self._original: Tensor | None = weight
         self._ways: dict[str, Way] = {}
         self._chosen: dict[str, Way] = {}
-        self._beside: Dense | None = None
+        self._beside: Dense | Winograd | None = None
         self._epilogues: dict[Any, tuple[list[int], list[Tensor], Epilogue | None]] = {}
 
     @property
@@ -141,11 +141,10 @@ class FrozenLayer:
         for kind, names in self._candidates.items():
             self._chosen.setdefault(kind, self._default(names))
         self._drop()
-        others = [way for way in self._ways.values() if type(way) is not Dense]
-        for way in self._ways.values():
-            if type(way) is Dense and others:
-                way.stand_beside(others[0])
-                self._beside = way
+        usual, other = self._chosen.get("guided"), self._chosen.get("everything")
+        if usual is not other and usual is not None and (type(other) is Dense or isinstance(other, Winograd)):
+            other.stand_beside(usual)
+            self._beside = other
 
     def _drop(self) -> None:
         """Only what is chosen stays in memory."""

@@ -232,7 +232,12 @@ class Kernel:
         self.build.ret_void()
         # "no-builtins" keeps LLVM from making loops calls of the C library, which an image does not reach.
         source = str(self.module).replace(" nounwind\n", ' nounwind "no-builtins"\n')
-        return _launcher(loader.address(source, self.function.name), len(self.fields))
+        launch = _launcher(loader.address(source, self.function.name), len(self.fields))
+        # Instructions and blocks refer to one another, and would be some MB of garbage until it is collected.
+        for block in self.function.blocks:
+            block.instructions.clear()
+        self.function.blocks.clear()
+        return launch
 
 
 def _launcher(address: int, length: int) -> Launch:
