@@ -39,7 +39,9 @@ class FrozenLayer:
     are computed.
 
     While there are `measurements`, the first run of each kind measures all `candidates` on what it reads and keeps the
-    fastest, the first one where it makes little difference. `settle` ends that, and drops what is not kept.
+    fastest, the first one where it makes little difference; of the others no weights stay. `settle` ends that. Then the
+    weights are there once, in the order of the way that computes them, but for Winograd's, which are transformed, and
+    those of a second way as long as all pixels are computed.
 
     Args:
         path: of its module in the model.
@@ -67,6 +69,7 @@ class FrozenLayer:
         self._original: Tensor | None = weight
         self._ways: dict[str, Way] = {}
         self._chosen: dict[str, Way] = {}
+        self._beside: Dense | Winograd | None = None
         self._epilogues: dict[Any, tuple[list[int], list[Tensor], Epilogue | None]] = {}
 
     @property
@@ -89,6 +92,9 @@ class FrozenLayer:
         way = self._chosen.get(reads.kind)
         if way is None:
             way = self._chosen[reads.kind] = self._fastest(reads.kind, reads, epilogue)
+            self._drop()
+        if self._beside is not None:
+            self._beside.count(way is self._beside)
         return way.run(reads, epilogue)
 
     def _fastest(self, kind: str, reads: Reads, epilogue: Epilogue) -> Way:
@@ -97,13 +103,16 @@ class FrozenLayer:
             return self._way(names[0])
         geometry = f"{self.shape} {tuple(self.spec)} {reads.grid} {reads.outputs} {self.dtype}"
         layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
-        ways = {name: self._way(name) for name in names}
-        runs = {name: functools.partial(way.run, reads, epilogue) for name, way in ways.items()}
+
+        def by(name: str) -> Tensor:
+            return self._way(name).run(reads, epilogue)
+
+        runs = {name: functools.partial(by, name) for name in names}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs, clock_of(self.device))
         first, best = names[0], min(found, key=found.__getitem__)
         in_strips = kind == "everything" and self.spec.groups == self.outputs and reads.rows.nbytes >= WIDE
         margin = MARGIN_IN_STRIPS if in_strips else MARGIN
-        return ways[best if found[best] < margin * found[first] else first]
+        return self._way(best if found[best] < margin * found[first] else first)
 
     def reason(self, kind: str) -> str:
         """Why the layer runs as it does."""
@@ -131,6 +140,14 @@ class FrozenLayer:
         self._measurements = None
         for kind, names in self._candidates.items():
             self._chosen.setdefault(kind, self._default(names))
+        self._drop()
+        usual, other = self._chosen.get("guided"), self._chosen.get("everything")
+        if usual is not other and usual is not None and (type(other) is Dense or isinstance(other, Winograd)):
+            other.stand_beside(usual)
+            self._beside = other
+
+    def _drop(self) -> None:
+        """Only what is chosen stays in memory."""
         self._ways = {way.name: way for way in self._chosen.values()}
         self._original = None
 
@@ -188,7 +205,7 @@ class FrozenLayer:
     def __getstate__(self) -> dict[str, Any]:
         """Without what is packed for this machine."""
         chosen = {kind: [name] for kind, name in self.chosen.items()}
-        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_epilogues": {}, "_measurements": None}
+        dropped: dict[str, Any] = {"_ways": {}, "_chosen": {}, "_epilogues": {}, "_measurements": None, "_beside": None}
         return self.__dict__ | dropped | {"_original": self.weight, "_candidates": chosen or self._candidates}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from sparsenet import context
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import FrozenConv2d
+from sparsenet.kernels import loader
 from sparsenet.selection import Operation, Selection
 from sparsenet.sites import Pair
 from sparsenet.surgery import call
@@ -51,10 +52,12 @@ class Profile:
     Attributes:
         ms: milliseconds of a whole pass, the median.
         layers: in the order in which they were computed.
+        llvm: why LLVM is in the process, which takes memory; `None` where it is not.
     """
 
     ms: float
     layers: tuple[Layer, ...]
+    llvm: str | None = None
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "size", "density", "MMACs", "ms", "share", "way", "reason")]
@@ -82,6 +85,8 @@ class Profile:
                 for column, (cell, width) in enumerate(zip(row, widths, strict=False))
             ]
             lines.append("  ".join([*cells, *row[7:]]).rstrip())
+        if self.llvm is not None:
+            lines.append(f"LLVM is in this process, and takes about 94 MB: {self.llvm}")
         return "\n".join(lines)
 
 
@@ -113,7 +118,7 @@ def profile(model: nn.Module, inputs: Any, *, repeats: int = 10) -> Profile:
     for place, work in enumerate(last.works):
         ms = 1e3 * median(clock.seconds[place][1] for clock in alike)
         layers.append(_layer(work, ms))
-    return Profile(1e3 * median(clock.total for clock in alike), tuple(layers))
+    return Profile(1e3 * median(clock.total for clock in alike), tuple(layers), loader.reason())
 
 
 class _Clock:

@@ -337,12 +337,16 @@ def dense_tiles(size: Pair, window: Reading, out_size: Pair, device: torch.devic
 @constant(64)
 def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
     """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
-    source = ActiveSites.all(1, size, device)
-    return kernel_map(source, window, ActiveSites.all(1, out_size, device)).table
+    places = _places_of(size, out_size, window, device)  # as large as the table, and not needed for another one
+    return ActiveSites.all(1, size, device).rank.view(-1).index_select(0, places.view(-1)).view(places.shape)
 
 
 @constant(64)
 def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
+    return _places_of(size, out_size, window, device)
+
+
+def _places_of(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
     lines = window.reads(0, size[0], out_size[0], device)
     columns = window.reads(1, size[1], out_size[1], device)

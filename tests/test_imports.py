@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each may import its own row and those before it: docs/design.md, "Layout and direction".
 ORDER = (
+    {"cache"},
     {"kernels", "constants"},
     {"sites", "form", "regions", "masks", "timing", "calls", "macs"},
     {"backends"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from sparsenet import cache
 from sparsenet.timing import Clock, alternate, by_processor
 
 # Alternating rounds of a measurement. The ways of a layer differ by more than a machine drifts within milliseconds, or
@@ -43,18 +43,8 @@ class Measurements:
         return found
 
     def save(self) -> None:
-        if self.path is None or not self._new:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(self.known, indent=1))
-        except OSError:
-            return
-        try:
-            partial.replace(self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+        if self.path is not None and self._new:
+            cache.write(self.path, json.dumps(self.known, indent=1).encode())
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
@@ -73,12 +63,11 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
 
 def of_this_machine(device: torch.device | None = None) -> Measurements:
     """What is remembered under `$XDG_CACHE_HOME/sparsenet` (`~/.cache`), by processor or GPU, threads and PyTorch."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     of = processor()
     if device is not None and device.type == "cuda":
         of = f"{torch.cuda.get_device_name(device)} {torch.get_float32_matmul_precision()}"
     name = "-".join("".join(letter if letter.isalnum() else " " for letter in of).split())
-    return Measurements(home / "sparsenet" / f"{name}-{torch.get_num_threads()}-torch{torch.__version__}.json")
+    return Measurements(cache.folder() / f"{name}-{torch.get_num_threads()}-torch{torch.__version__}.json")
 
 
 def processor() -> str:

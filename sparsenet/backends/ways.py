@@ -113,6 +113,37 @@ class Way(Protocol):
         """The weight as it was, (O, C / groups, kh, kw)."""
 
 
+# Runs of a layer without a way that stands beside another, after which it gives up its weights. To make them again
+# takes some milliseconds, once for masks of all pixels that follow one another.
+MOST_IDLE = 8
+
+
+class _Beside:
+    """A way whose own weights do not give back the layer's: these it holds too, or asks another way for them."""
+
+    def __init__(self, weight: Tensor):
+        self._weight: Tensor | Way = weight
+        self._idle = 0
+
+    def weight(self) -> Tensor:
+        return self._weight if isinstance(self._weight, Tensor) else self._weight.weight()
+
+    def stand_beside(self, other: Way) -> None:
+        """Hold no weights: another way, which has them, computes the layer as a rule."""
+        self._weight = other
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Drop what can be made of the weight."""
+        raise NotImplementedError
+
+    def count(self, ran: bool) -> None:
+        """The layer was computed, by this way or another one."""
+        self._idle = 0 if ran else self._idle + 1
+        if self._idle == MOST_IDLE:
+            self.give_up()
+
+
 # Epilogues that a layer's kernel is kept for.
 MOST_PREPARED = 16
 
@@ -169,25 +200,30 @@ class Indirect(_ByKernel):
         return out
 
 
-class Winograd(_ByKernel):
-    """3x3 convolution in fewer multiplications. The weight is kept beside what is made of it, which does not give it
-    back to the last bit."""
+class Winograd(_Beside):
+    """3x3 convolution in fewer multiplications. What is made of the weight does not give it back to the last bit."""
 
     name = "winograd"
 
     def __init__(self, weight: Tensor, spec: Spec):
-        self._weight = weight
-        self.packed = winograd.pack(weight)
-        super().__init__(functools.partial(winograd.Prepared, self.packed))
+        super().__init__(weight)
+        self._made: _ByKernel | None = None
 
-    def weight(self) -> Tensor:
-        return self._weight
+    def give_up(self) -> None:
+        self._made = None
+
+    def ready(self, epilogue: Epilogue) -> winograd.Prepared:
+        made = self._made  # read once, because other threads may give it up
+        if made is None:
+            made = self._made = _ByKernel(functools.partial(winograd.Prepared, winograd.pack(self.weight())))
+        prepared: winograd.Prepared = made.ready(epilogue)
+        return prepared
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         reads = reads.multiplied()
         assert reads.tables is not None, "a window of 3x3 has tables"
         tiles, prepared = reads.tables.tiles(), self.ready(epilogue)
-        out = workspace.empty(reads.outputs, self.packed.outputs, reads.rows)
+        out = workspace.empty(reads.outputs, prepared.outputs, reads.rows)
         for rows, residual, part in reads.by_image(epilogue, out):
             prepared.run(rows, residual, tiles, reads.inputs, part)
         return out
@@ -236,18 +272,18 @@ class OnRows:
         return backends.convolve(self.name, rows, self._weight, None, self.groups, kernel_map)
 
 
-class Dense:
+class Dense(_Beside):
     """oneDNN's convolution with packed weights, of maps of which every pixel is computed."""
 
     name = "dense"
 
     def __init__(self, weight: Tensor, spec: Spec):
-        self._weight = weight
+        super().__init__(weight)
         self.spec = spec
         self._packed: tuple[Tensor | None, Pair, Tensor] | None = None
 
-    def weight(self) -> Tensor:
-        return self._weight
+    def give_up(self) -> None:
+        self._packed = None
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         reads = reads.multiplied()
@@ -277,7 +313,7 @@ class Dense:
         size = (x.shape[2], x.shape[3])
         kept = self._packed  # read once, because other threads may replace it
         if kept is None or kept[0] is not scale or kept[1] != size:
-            weight = self._weight if scale is None else self._weight * scale[:, None, None, None]
+            weight = self.weight() if scale is None else self.weight() * scale[:, None, None, None]
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
             spec = self.spec
             packed = reorder(weight, spec.padding, spec.stride, spec.dilation, spec.groups, list(x.shape))
@@ -305,6 +341,6 @@ class OnDevice(Dense):
         """Scaled, in channels-last memory; those of the last scale are kept."""
         kept = self._packed  # read once, because other threads may replace it
         if kept is None or kept[0] is not scale:
-            weight = self._weight if scale is None else (self._weight * scale[:, None, None, None]).to(x.dtype)
+            weight = self.weight() if scale is None else (self.weight() * scale[:, None, None, None]).to(x.dtype)
             kept = self._packed = (scale, (0, 0), weight.contiguous(memory_format=torch.channels_last))
         return kept[2]

@@ -1,9 +1,10 @@
 """Machine code made at run time: vector arithmetic and loops on top of llvmlite, and its parallel launch.
 
-llvmlite carries LLVM in its wheel, so that no compiler is needed where sparsenet runs. A kernel is a function of one
-argument, a `job`: an array of 64-bit numbers. Each thread that runs it takes pieces of the job until none is left.
-Launches go through the OpenMP runtime that PyTorch has loaded, and so to PyTorch's own threads: a second pool would
-find the cores taken by the first, whose threads spin for a while after every operation.
+llvmlite carries LLVM in its wheel, so that no compiler is needed where sparsenet runs. Kernels are written here without
+it, and `sparsenet.kernels.loader` has them compiled. A kernel is a function of one argument, a `job`: an array of
+64-bit numbers. Each thread that runs it takes pieces of the job until none is left. Launches go through the OpenMP
+runtime that PyTorch has loaded, and so to PyTorch's own threads: a second pool would find the cores taken by the first,
+whose threads spin for a while after every operation.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from sparsenet.kernels import loader
+from sparsenet.kernels.processor import processor
 
 Launch = Callable[[Sequence[int], int], Any]
 """Runs a kernel: see `Kernel.compiled`."""
@@ -26,7 +29,7 @@ Launch = Callable[[Sequence[int], int], Any]
 def unsupported() -> str | None:
     """Why no kernel can run on this machine, or `None`."""
     try:
-        _llvm()
+        import llvmlite.ir  # noqa: F401
     except ImportError:
         return "the package llvmlite is not installed"
     try:
@@ -36,42 +39,14 @@ def unsupported() -> str | None:
     return None
 
 
-@functools.cache
-def _llvm() -> SimpleNamespace:
-    """LLVM, ready to make code for this very processor."""
-    from llvmlite import binding, ir
-
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(
-        cpu=binding.get_host_cpu_name(),
-        features=features.flatten() + (",-prefer-256-bit" if features.get("avx512f") else ""),
-        opt=3,
-    )
-    return SimpleNamespace(
-        ir=ir,
-        binding=binding,
-        machine=machine,
-        engine=binding.create_mcjit_compiler(binding.parse_assembly(""), machine),
-        # Bytes in a vector register, and how many registers there are.
-        bytes=64 if features.get("avx512f") else 32 if features.get("avx2") else 16,
-        registers=32 if features.get("avx512f") or "aarch64" in target.triple else 16,
-        modules=[],
-    )
-
-
 def lanes(dtype: torch.dtype) -> int:
     """Numbers in a vector register."""
-    bytes: int = _llvm().bytes
-    return bytes // dtype.itemsize
+    return processor().bytes // dtype.itemsize
 
 
 def registers() -> int:
     """Vector registers of the processor."""
-    count: int = _llvm().registers
-    return count
+    return processor().registers
 
 
 @dataclass
@@ -93,9 +68,9 @@ class Kernel:
     """
 
     def __init__(self, name: str, fields: Sequence[str], dtype: torch.dtype):
-        self.llvm = _llvm()
-        ir = self.llvm.ir
-        self.ir = ir
+        from llvmlite import ir
+
+        self.ir: Any = ir
         self.fields = list(fields)
         self.lanes = lanes(dtype)
         self.index_type = ir.IntType(64)
@@ -105,7 +80,6 @@ class Kernel:
         self.bits = ir.VectorType(ir.IntType(8 * dtype.itemsize), self.lanes)
         self.lane_mask = ir.VectorType(ir.IntType(1), self.lanes)
         self.module = ir.Module(name)
-        self.module.triple = self.llvm.binding.get_default_triple()
         self.function = ir.Function(
             self.module, ir.FunctionType(ir.VoidType(), [self.index_type.as_pointer()]), f"sparsenet_{name}"
         )
@@ -255,18 +229,15 @@ class Kernel:
     def compiled(self) -> Launch:
         """A function that runs the kernel on a job, on so many of PyTorch's threads (1: the calling one), and gives the
         job as the kernel leaves it."""
-        llvm = self.llvm
         self.build.ret_void()
-        module = llvm.binding.parse_assembly(str(self.module))
-        module.verify()
-        builder = llvm.binding.create_pass_builder(
-            llvm.machine, llvm.binding.create_pipeline_tuning_options(speed_level=3)
-        )
-        builder.getModulePassManager().run(module, builder)
-        llvm.engine.add_module(module)
-        llvm.engine.finalize_object()
-        llvm.modules.append(module)  # whose memory the code lies in
-        return _launcher(llvm.engine.get_function_address(self.function.name), len(self.fields))
+        # "no-builtins" keeps LLVM from making loops calls of the C library, which an image does not reach.
+        source = str(self.module).replace(" nounwind\n", ' nounwind "no-builtins"\n')
+        launch = _launcher(loader.address(source, self.function.name), len(self.fields))
+        # Instructions and blocks refer to one another, and would be some MB of garbage until it is collected.
+        for block in self.function.blocks:
+            block.instructions.clear()
+        self.function.blocks.clear()
+        return launch
 
 
 def _launcher(address: int, length: int) -> Launch:
