@@ -115,8 +115,9 @@ def test_tables_have_the_papers_rows(monkeypatch):
         titles = {row.title for row in getattr(paper, name)(args)}
         assert all({claim.above, claim.below} <= titles for claim in claims), name
     rows = paper.table3(args)
-    assert [row.bench for row in rows] == ["ssd_coco"] * 2 + ["pelee_voc"] * 2 + ["pelee_coco"] * 2
-    assert [row.baseline for row in rows[1::2]] == [row.cells for row in rows[::2]]
+    assert [row.bench for row in rows] == ["ssd_coco"] * 3 + ["pelee_voc"] * 3 + ["pelee_coco"] * 3
+    assert [row.baseline for row in rows[1::3]] == [row.baseline for row in rows[2::3]]
+    assert [row.baseline for row in rows[1::3]] == [row.cells for row in rows[::3]]
 
 
 def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch, capsys):
