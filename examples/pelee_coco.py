@@ -10,6 +10,7 @@ from functools import partial
 
 from data.sets import coco_or_digits
 from detectors.pelee import pelee304
+from detectors.peleenet import load_trunk
 from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
@@ -17,7 +18,7 @@ RECIPE = Recipe(
     about=__doc__,
     name="pelee_coco",
     detector=lambda classes, width: pelee304(classes, width=width, anchors="coco"),
-    imagenet=None,
+    trunk=lambda model, path: load_trunk(model.backbone.trunk, path),
     load=partial(coco_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
     demo=Preset(width=0.5, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),

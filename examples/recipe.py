@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch.utils.data import Dataset
 
 import distributed
 import sparsenet
+from data.coco import COCOError
 from data.sets import Data
+from data.voc import VOCError
 from evaluation.detector import evaluate, look
 from evaluation.speed import compare_speed
 from evaluation.voc_map import mean_average_precision
@@ -21,8 +24,8 @@ from figures import draw_seen
 from finetune import SUPERVISIONS, Training, finetune_dense, finetune_selective, train_dense
 from memory import keep_freed_memory
 from report import Comparison, coco_percent, markdown, origin, thinned, write_json
-from storage import load_checkpoint, replacing, save_checkpoint
-from training import Schedule
+from storage import CheckpointError, load_checkpoint, replacing, save_checkpoint
+from training import NotFiniteError, Schedule
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Recipe:
     Attributes:
         about: what `--help` begins with.
         name: of the folder under runs/ that takes the output.
-        detector: (classes with the background, width) -> the dense detector, with random weights.
+        detector: (classes with the background, width, and the `variants` by name) -> the dense detector, with random
+            weights.
         imagenet: gives a detector of width 1 an ImageNet trunk (a download), if there is one for it.
+        trunk: gives a detector the trunk of a classifier from a file, if it can.
+        variants: what else the detector can be asked for: "six" anchors in every cell, or no "batch_norm".
         load: (root or `None` for embedded data, test images) -> the data.
         at: the stage after which pixels are selected.
         demo: on embedded data.
@@ -53,12 +59,14 @@ class Recipe:
 
     about: str
     name: str
-    detector: Callable[[int, float], Any]
-    imagenet: Callable[[Any], None] | None
+    detector: Callable[..., Any]
     load: Callable[[Path | None, int], Data]
     at: str
     demo: Preset
     paper: Preset
+    imagenet: Callable[[Any], None] | None = None
+    trunk: Callable[[Any, Path], None] | None = None
+    variants: tuple[str, ...] = ()
 
 
 # The selective detector's and the dense one's, on embedded data. A missed pixel weighs more than in the paper's loss.
@@ -90,8 +98,17 @@ def paper_preset(schedule: Schedule) -> Preset:
 def run(recipe: Recipe) -> None:
     """What a recipe does when it is called from the command line."""
     args = parse_arguments(recipe)
-    with distributed.processes(args.device) as args.device:
+    with messages(), distributed.processes(args.device):
         compare(recipe, args)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Errors that the user can mend end the command with what they say, without the way that the program came."""
+    try:
+        yield
+    except (CheckpointError, COCOError, NotFiniteError, VOCError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 def compare(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -101,11 +118,14 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     data = recipe.load(args.data, args.eval_images)
     train, test, classes = data.train, data.test, data.classes
     torch.manual_seed(args.seeds[0])
-    base = recipe.detector(1 + len(classes), args.width).to(args.device)
+    base = recipe.detector(1 + len(classes), args.width, **args.variant).to(args.device)
     if args.from_scratch:
         if args.imagenet:
             assert recipe.imagenet is not None
             recipe.imagenet(base)
+        if args.trunk:
+            assert recipe.trunk is not None
+            recipe.trunk(base, args.trunk)
         pretrain(base, train, test, classes, args)
         if args.dense_only:
             return
@@ -133,6 +153,7 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     settings = {
         "at": args.at,
         "width": args.width,
+        **args.variant,
         **asdict(args.training),
         "amp": str(args.training.half),
         "minutes": round((time.perf_counter() - began) / 60, 1),
@@ -153,11 +174,13 @@ def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], 
     matches = found.matches
     if not distributed.first():
         return
-    save_checkpoint(model, args.out / "dense_from_scratch.safetensors", classes=classes, width=args.width)
+    save_checkpoint(model, args.out / "dense_from_scratch.safetensors", **about(classes, args))
     eleven, area = mean_average_precision(matches)
     log = {
         "seed": args.seeds[0],
         "width": args.width,
+        **args.variant,
+        "trunk": str(args.trunk) if args.trunk else None,
         "schedule": asdict(args.scratch),
         "half_precision": str(args.training.half),
         "minutes": round(minutes, 1),
@@ -180,8 +203,13 @@ def finetune(base: nn.Module, train: Dataset, classes: Sequence[str], seed: int,
     for name, model in (("dense", dense), ("selective", selective)):
         if distributed.first():
             path = args.out / f"{name}_seed{seed}.safetensors"
-            save_checkpoint(model, path, classes=classes, width=args.width, at=args.at)
+            save_checkpoint(model, path, **about(classes, args), at=args.at)
     return dense, selective
+
+
+def about(classes: Sequence[str], args) -> dict[str, Any]:
+    """What a checkpoint says about itself: what it takes to build its detector."""
+    return {"classes": classes, "width": args.width, **args.variant}
 
 
 # fmt: off
@@ -190,38 +218,54 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=recipe.about, formatter_class=raw)
     add = parser.add_argument
+
+    def preset(value: Callable[[Preset], float]) -> str:
+        return f"({value(recipe.demo):g}; with --data {value(recipe.paper):g})"
+
     add("--data", type=Path, metavar="ROOT",
         help="folder of the real data set; without it, embedded digits")
     add("--at", default=recipe.at, help="the stage after which pixels are selected (%(default)s)")
-    add("--width", type=float, help="factor on all channel counts (0.25; with --data 1)")
-    add("--checkpoint", type=Path,
-        help="dense checkpoint to start from (for digits the one in checkpoints/)")
+    add("--width", type=float, help="factor on all channel counts " + preset(lambda p: p.width))
+    if "six" in recipe.variants:
+        add("--six-anchors", dest="six", action="store_true", help="six anchors in every cell (11,640), which "
+            "the paper's cost fits, not the original's 4, 6, 6, 6, 4, 4 (8,732)")
+    if "batch_norm" in recipe.variants:
+        add("--no-batchnorm", dest="batch_norm", action="store_false",
+            help="the original's trunk, without BatchNorm; learning rates are then a tenth, as the original's")
+    add("--checkpoint", type=Path, help="dense checkpoint to start from"
+        + (" (for digits the one in checkpoints/)" if recipe.demo.checkpoint else ""))
     add("--from-scratch", action="store_true", help="train that checkpoint first")
     add("--dense-only", action="store_true", help="stop after --from-scratch")
     if recipe.imagenet:
         add("--no-imagenet", dest="imagenet", action="store_false",
             help="let --data --from-scratch begin at random, not from ImageNet weights (a download)")
-    add("--iterations", type=int, help="of fine-tuning, each detector (120; with --data 120000)")
-    add("--selector-iterations", type=int,
-        help="of the selector alone, before fine-tuning (1000; with --data 2000)")
-    add("--selector-batches", type=int, metavar="BATCHES", help="whose features are kept for it, and "
-        "repeated (100; with --data 40, which take 4 GB)")
-    add("--scratch-iterations", type=int, help="of --from-scratch (2140; with --data 120000)")
-    add("--batch-size", type=int, help="images in an iteration (16; with --data 32)")
-    add("--lr", type=float, help="highest learning rate of fine-tuning (0.005; with --data 0.01)")
+    if recipe.trunk:
+        add("--trunk", type=Path, metavar="FILE", help="let --from-scratch begin with the trunk of "
+            "this classifier, not at random: PeleeNet's authors' (.pth.tar), or one of `peleenet` (.safetensors)")
+    add("--iterations", type=int,
+        help="of fine-tuning, each detector " + preset(lambda p: p.training.finetune.iterations))
+    add("--selector-iterations", type=int, help="of the selector alone, before fine-tuning "
+        + preset(lambda p: p.training.selector.iterations))
+    add("--selector-batches", type=int, metavar="BATCHES", help="whose features are kept in memory for it "
+        + preset(lambda p: p.training.selector_batches))
+    add("--scratch-iterations", type=int, help="of --from-scratch " + preset(lambda p: p.scratch.iterations))
+    add("--batch-size", type=int, help="images in an iteration " + preset(lambda p: p.scratch.batch_size))
+    add("--lr", type=float, help="highest learning rate of fine-tuning " + preset(lambda p: p.training.finetune.lr))
+    add("--scratch-lr", type=float, help="the same of --from-scratch " + preset(lambda p: p.scratch.lr))
     add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
-        "are active even if not predicted (0.2; with --data 0.0216, five epochs)")
+        "are active even if not predicted " + preset(lambda p: p.training.mask_warmup))
     add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
-        "in the mask's loss: higher loses fewer objects and computes more (8; with --data 1)")
+        "in the mask's loss: higher loses fewer objects and computes more; 1 in the paper "
+        + preset(lambda p: p.training.missed_pixel))
     add("--size-balance", type=float, metavar="POWER", help="0: every missed pixel counts alike, as in "
-        "the paper; 1: every missed object does (0.5; with --data 0)")
+        "the paper; 1: every missed object does " + preset(lambda p: p.training.size_balance))
     add("--supervision", choices=SUPERVISIONS, default="direct", help="of the mask: "
         + "; ".join(f"{name}: {text}" for name, text in SUPERVISIONS.items()) + " (%(default)s)")
     add("--density", type=float, help="active share of pixels that gumbel, distilled and capacity aim at (0.3)")
     add("--seeds", "--seed", type=int, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
-    add("--eval-images", type=int,
-        help="evaluate the first so many test images, 0: all (200; with --data all)")
+    add("--eval-images", type=int, help="evaluate the first so many test images, 0: all "
+        + preset(lambda p: p.eval_images))
     add("--timed-images", type=int, default=16, help="test images time is measured on (%(default)s)")
     add("--timed-batches", type=int, nargs="+", default=[1, 8], help="batch sizes of it (%(default)s)")
     add("--repeats", type=int, default=7, help="passes over them that are timed (%(default)s)")
@@ -229,8 +273,9 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(),
         help="CPU threads of an operation (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--amp", choices=["auto", "off", "bfloat16", "float16"], default="auto",
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what it runs on; with torchrun, cuda is a GPU for each process (%(default)s)")
+    add("--amp", choices=PRECISIONS, default="auto",
         help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
     add("--accumulate", type=int, default=1, metavar="PARTS", help="divide each batch into so many "
         "parts, computed one after the other, to take less memory (%(default)s)")
@@ -239,15 +284,18 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     args = parser.parse_args()
 # fmt: on
 
-    preset = recipe.paper if args.data else recipe.demo
+    chosen = recipe.paper if args.data else recipe.demo
     for name in ("width", "eval_images", "checkpoint"):
         if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name))
-    mine = preset.training
+            setattr(args, name, getattr(chosen, name))
+    args.variant = {name: getattr(args, name) for name in recipe.variants}
+    slower = 1.0 if args.variant.get("batch_norm", True) else 0.1
+    mine, size = chosen.training, args.batch_size
+    finetune, scratch = (replace(schedule, lr=slower * schedule.lr) for schedule in (mine.finetune, chosen.scratch))
     args.training = given(
         mine,
-        finetune=given(mine.finetune, iterations=args.iterations, batch_size=args.batch_size, lr=args.lr),
-        selector=given(mine.selector, iterations=args.selector_iterations, batch_size=args.batch_size),
+        finetune=given(finetune, iterations=args.iterations, batch_size=size, lr=args.lr),
+        selector=given(mine.selector, iterations=args.selector_iterations, batch_size=size),
         selector_batches=args.selector_batches,
         selector_by_task=args.selector_iterations,
         supervision=args.supervision,
@@ -260,9 +308,11 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         ema=args.ema,
         amp=precision(args.amp, args.device),
     )
-    args.scratch = given(preset.scratch, iterations=args.scratch_iterations, batch_size=args.batch_size)
-    if args.dense_only and not args.from_scratch:
-        parser.error("--dense-only goes with --from-scratch")
+    args.scratch = given(scratch, iterations=args.scratch_iterations, batch_size=size, lr=args.scratch_lr)
+    args.trunk = args.trunk if recipe.trunk else None
+    for name in ("dense_only", "trunk"):
+        if getattr(args, name) and not args.from_scratch:
+            parser.error(f"--{name.replace('_', '-')} goes with --from-scratch")
     args.imagenet = bool(args.data and args.from_scratch and recipe.imagenet and args.imagenet)
     if args.imagenet and args.width != 1:
         parser.error("ImageNet weights are of width 1: add --no-imagenet")
@@ -276,8 +326,11 @@ def given(settings: Any, **values) -> Any:
     return replace(settings, **{name: value for name, value in values.items() if value is not None})
 
 
+PRECISIONS = ("auto", "off", "bfloat16", "float16")
+
+
 def precision(asked: str, device: str) -> bool | torch.dtype:
-    """Of `Training.amp`."""
+    """Of `PRECISIONS`, for `Training.amp`."""
     if asked == "float16":
         return torch.float16
     return asked == "bfloat16" or (asked == "auto" and bfloat16_is_fast(device))

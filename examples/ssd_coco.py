@@ -14,7 +14,8 @@ from training import Schedule
 RECIPE = Recipe(
     about=__doc__,
     name="ssd_coco",
-    detector=lambda classes, width: ssd300_vgg16_bn(classes, width=width, anchors="coco"),
+    detector=lambda classes, width, **variant: ssd300_vgg16_bn(classes, width=width, anchors="coco", **variant),
+    variants=("six", "batch_norm"),
     imagenet=lambda model: load_imagenet_trunk(model.backbone),
     load=coco_or_digits,
     at="pool3",

@@ -19,7 +19,8 @@ from training import Schedule
 RECIPE = Recipe(
     about=__doc__,
     name="ssd_voc",
-    detector=lambda classes, width: ssd300_vgg16_bn(classes, width=width),
+    detector=lambda classes, width, **variant: ssd300_vgg16_bn(classes, width=width, **variant),
+    variants=("six", "batch_norm"),
     imagenet=lambda model: load_imagenet_trunk(model.backbone),
     load=voc_or_digits,
     at="pool2",

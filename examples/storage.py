@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 class CheckpointError(RuntimeError):
@@ -71,29 +72,50 @@ def save_checkpoint(model: nn.Module, path: Path, **about: Any) -> None:
         save_file(state, temporary, metadata={"about": json.dumps(about)})
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: of safetensors, or of PyTorch's own format, where a training's may be inside
+    under "state_dict".
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one without tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
+    except Exception as error:  # torch.load raises many kinds
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no tensors by name: it is no checkpoint of a network. Give another file.")
+    return state
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load what `save_checkpoint` wrote into a model of the same structure.
 
     Raises:
         CheckpointError: no such file, a damaged one, or one of another model; the model is as it was.
     """
-    try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
-        ) from error
+    state = read_state(path)
     theirs, ours = ({name: tuple(value.shape) for name, value in s.items()} for s in (state, model.state_dict()))
     different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if different:
-        with safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get("about", "nothing")
-        name = different[0]
+        about, name = _about(path), different[0]
         raise CheckpointError(
             f"{path} is of another model; it says about itself: {about}. {len(different)} tensors differ, such as "
             f"{name}: {theirs.get(name, 'missing')} in the file, {ours.get(name, 'missing')} in the model. Give "
-            "the options that it was made with, or another --checkpoint."
+            "the options that it was made with, another --checkpoint, or train one with --from-scratch."
         )
     model.load_state_dict(state)
+
+
+def _about(path: Path) -> str:
+    if path.suffix != ".safetensors":
+        return "nothing"
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("about", "nothing")

@@ -25,6 +25,10 @@ Targets = list[dict[str, Tensor]]
 Loss = Callable[[Images, Targets, int], dict[str, Tensor]]
 
 
+class NotFiniteError(RuntimeError):
+    """A loss that is infinite or no number; the message names its summands and what to try."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and with what learning rate SGD runs.
@@ -160,7 +164,7 @@ def fit(
         scalars: called after each iteration for more values to log, by name.
 
     Raises:
-        RuntimeError: the loss is not finite, in any of the processes.
+        NotFiniteError: the loss is not finite, in any of the processes.
         ValueError: a batch cannot be divided into `accumulate` parts.
         CheckpointError: `state` is damaged, belongs to another run, or cannot be written.
     """
@@ -209,7 +213,7 @@ def fit(
             whole = sum(summands.values())
             if not math.isfinite(whole):
                 shown = ", ".join(f"{name} {value:.3g}" for name, value in summands.items())
-                raise RuntimeError(
+                raise NotFiniteError(
                     f"{title}: the loss is not finite at iteration {step} ({shown}). "
                     "Lower --lr, lengthen the warm-up, or look for broken boxes in the data."
                 )

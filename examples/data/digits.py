@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -101,22 +102,38 @@ def generate(root: Path, marker: str, parameters: dict, write: Callable[[Path], 
     """Have `write` fill a new folder that becomes `root`, unless that is there with these parameters.
 
     The file `marker` in it holds the parameters. The files appear all at once (a rename), so an
-    interrupted run leaves nothing half-made; a folder without our marker is not ours to remove.
+    interrupted run leaves nothing half-made; a folder without our marker is not ours to remove. Of
+    processes that generate the same at once, the first to be done gives the folder: the others may
+    be reading it already when a later one is done.
 
     Raises:
         OSError: `root` is there, not empty and without `marker`.
     """
     parameters = json.loads(json.dumps(parameters))
-    if (root / marker).exists() and json.loads((root / marker).read_text()) == parameters:
+
+    def current() -> bool:
+        try:
+            return json.loads((root / marker).read_text()) == parameters
+        except FileNotFoundError:
+            return False
+
+    if current():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=root.name))
     try:
-        write(temporary)
-        (temporary / marker).write_text(json.dumps(parameters))
-        if (root / marker).exists():  # stale
-            shutil.rmtree(root)
-        temporary.rename(root)
+        made = temporary / "new"
+        made.mkdir()
+        write(made)
+        (made / marker).write_text(json.dumps(parameters))
+        if (root / marker).exists() and not current():  # of other parameters
+            with suppress(FileNotFoundError):  # another process has moved it
+                root.rename(temporary / "old")
+        try:
+            made.rename(root)
+        except OSError:  # there is a folder
+            if not current():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return root

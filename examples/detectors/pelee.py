@@ -1,4 +1,4 @@
-"""PeleeNet and the detector Pelee, built on torchvision's `SSD` as `detectors.ssd` is.
+"""The detector Pelee on a trunk of PeleeNet, built on torchvision's `SSD` as `detectors.ssd` is.
 
 The figures are those of the original (Wang, Li and Ling, 2018, arXiv 1804.06882) and, where the
 paper leaves something open, of its authors' Caffe definition: five prediction maps of which the
@@ -6,64 +6,15 @@ largest feeds two predictors, no fixed steps, anchors that may be larger than th
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSDScoringHead
 
+from detectors.peleenet import Scaled, channels_after, conv_bn, conv_bn_relu, scaling, trunk
 from detectors.ssd import SCALES, SSD, initialise
-
-Scaled = Callable[[int], int]
-
-# Stages of PeleeNet: two-way dense layers, and the width of their bottlenecks.
-STAGES = [(3, 16), (4, 32), (8, 64), (6, 64)]
-
-
-def conv_bn(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps the map's size but for its stride, and BatchNorm."""
-    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3)))
-
-
-def conv_bn_relu(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:
-    block = conv_bn(inputs, outputs, size, stride)
-    block.add_module("relu", nn.ReLU(inplace=True))
-    return block
-
-
-class Stem(nn.Module):
-    """(N, 3, H, W) -> (N, outputs, H / 4, W / 4), at a quarter of the cost of a wide convolution."""
-
-    def __init__(self, outputs: int, squeezed: int):
-        super().__init__()
-        self.first = conv_bn_relu(3, outputs, 3, 2)
-        self.pool = nn.MaxPool2d(2, 2, ceil_mode=True)
-        self.branch = nn.Sequential(conv_bn_relu(outputs, squeezed, 1), conv_bn_relu(squeezed, outputs, 3, 2))
-        self.last = conv_bn_relu(2 * outputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.last(torch.cat([self.pool(x), self.branch(x)], 1))
-
-
-class TwoWayDense(nn.Module):
-    """(N, inputs, H, W) -> (N, inputs + 2 * growth, H, W): what came in, and two branches that see 3x3 and 5x5."""
-
-    def __init__(self, inputs: int, bottleneck: int, growth: int):
-        super().__init__()
-        self.near = nn.Sequential(conv_bn_relu(inputs, bottleneck, 1), conv_bn_relu(bottleneck, growth, 3))
-        self.far = nn.Sequential(
-            conv_bn_relu(inputs, bottleneck, 1),
-            conv_bn_relu(bottleneck, growth, 3),
-            conv_bn_relu(growth, growth, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.near(x), self.far(x)], 1)
 
 
 class ResBlock(nn.Module):
@@ -96,11 +47,9 @@ class PeleeExtractor(nn.Module):
     def __init__(self, width: float = 1.0):
         super().__init__()
 
-        def scaled(channels: int) -> int:
-            return max(8, round(channels * width / 8) * 8)
-
-        self.trunk = nn.Sequential(OrderedDict(_trunk(scaled)))
-        *_, stage3, stage4 = accumulate((2 * scaled(16) * depth for depth, _ in STAGES), initial=scaled(32))
+        scaled = scaling(width)
+        self.trunk = nn.Sequential(OrderedDict(trunk(scaled)))
+        *_, stage3, stage4 = channels_after(scaled)
         self.extras = nn.Sequential(OrderedDict(_extras(stage4, scaled)))
         read = [stage3, stage4, *[scaled(256)] * 3]
         self.predictors = nn.ModuleList(ResBlock(c, scaled(128), scaled(256)) for c in read)
@@ -115,21 +64,6 @@ class PeleeExtractor(nn.Module):
                 read.append(x)
         largest, *others = [block(source) for block, source in zip(self.predictors, read, strict=True)]
         return OrderedDict((str(i), m) for i, m in enumerate([largest, largest, *others]))
-
-
-def _trunk(scaled: Scaled) -> Iterator[tuple[str, nn.Module]]:
-    """PeleeNet's parts by name: `stem`, `stage1`, `pool1`, ... `stage4`. A stage ends in its transition's 1x1
-    convolution; the transition's pooling rounds up (38, 19, 10)."""
-    yield "stem", Stem(scaled(32), scaled(16))
-    channels = scaled(32)
-    for stage, (depth, bottleneck) in enumerate(STAGES, start=1):
-        layers: list[nn.Module] = []
-        for _ in range(depth):
-            layers.append(TwoWayDense(channels, scaled(bottleneck), scaled(16)))
-            channels += 2 * scaled(16)
-        yield f"stage{stage}", nn.Sequential(*layers, conv_bn_relu(channels, channels, 1))
-        if stage < 4:
-            yield f"pool{stage}", nn.AvgPool2d(2, 2, ceil_mode=True)
 
 
 def _extras(channels: int, scaled: Scaled) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""SSD300 on a VGG16 trunk with BatchNorm, built on torchvision's `SSD`.
+"""SSD300 on a VGG16 trunk, with BatchNorm or without, built on torchvision's `SSD`.
 
 torchvision supplies the heads, the matching, the loss and the post-processing; its own
 `ssd300_vgg16` has no BatchNorm and COCO's anchors only, so trunk and anchors are ours, with the
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import ssd
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.vgg import VGG, VGG16_BN_Weights, vgg16_bn
+from torchvision.models.vgg import VGG, VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
 
 import distributed
 
@@ -63,16 +63,17 @@ class VGG16Extractor(nn.Module):
     every channel count times `width`, rounded to a multiple of 8.
 
     The extra layers carry a bias instead of BatchNorm: at 1x1 and 3x3 there are too few values in
-    a batch for its statistics, and a training batch of one image would fail.
+    a batch for its statistics, and a training batch of one image would fail. Without `batch_norm`
+    all layers do, as in the original.
     """
 
-    def __init__(self, width: float = 1.0):
+    def __init__(self, width: float = 1.0, batch_norm: bool = True):
         super().__init__()
 
         def scaled(channels: int) -> int:
             return max(8, round(channels * width / 8) * 8)
 
-        self.trunk = nn.Sequential(OrderedDict(_trunk(scaled)))
+        self.trunk = nn.Sequential(OrderedDict(_trunk(scaled, batch_norm)))
         self.extras = nn.Sequential(OrderedDict(_extras(scaled)))
         self.scale_weight = nn.Parameter(torch.ones(scaled(512)) * 20)
         self.out_channels = [scaled(c) for c in (512, 1024, 512, 256, 256, 256)]
@@ -98,26 +99,27 @@ def initialise(extractor: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _trunk(scaled) -> Iterator[tuple[str, nn.Module]]:
+def _trunk(scaled, batch_norm: bool) -> Iterator[tuple[str, nn.Module]]:
     """VGG16's layers by name, `conv1_1`, `bn1_1`, `relu1_1`, ... `pool5`, `fc6`, ... `relu_fc7`."""
 
     def block(suffix: str, conv_name: str, conv: nn.Conv2d) -> Iterator[tuple[str, nn.Module]]:
         yield conv_name, conv
-        yield f"bn{suffix}", nn.BatchNorm2d(conv.out_channels)
+        if batch_norm:
+            yield f"bn{suffix}", nn.BatchNorm2d(conv.out_channels)
         yield f"relu{suffix}", nn.ReLU(inplace=True)
 
     previous = 3
     for stage, (depth, channels) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)], start=1):
         for i in range(1, depth + 1):
-            conv = nn.Conv2d(previous, scaled(channels), 3, padding=1, bias=False)
+            conv = nn.Conv2d(previous, scaled(channels), 3, padding=1, bias=not batch_norm)
             yield from block(f"{stage}_{i}", f"conv{stage}_{i}", conv)
             previous = scaled(channels)
         if stage < 5:
             yield f"pool{stage}", nn.MaxPool2d(2, 2, ceil_mode=stage == 3)  # 75 -> 38
     yield "pool5", nn.MaxPool2d(3, 1, padding=1)
-    fc6 = nn.Conv2d(previous, scaled(1024), 3, padding=6, dilation=6, bias=False)
+    fc6 = nn.Conv2d(previous, scaled(1024), 3, padding=6, dilation=6, bias=not batch_norm)
     yield from block("_fc6", "fc6", fc6)
-    yield from block("_fc7", "fc7", nn.Conv2d(scaled(1024), scaled(1024), 1, bias=False))
+    yield from block("_fc7", "fc7", nn.Conv2d(scaled(1024), scaled(1024), 1, bias=not batch_norm))
 
 
 def _extras(scaled) -> Iterator[tuple[str, nn.Module]]:
@@ -133,7 +135,9 @@ def _extras(scaled) -> Iterator[tuple[str, nn.Module]]:
         previous = scaled(channels)
 
 
-def ssd300_vgg16_bn(num_classes: int, *, width: float = 1.0, anchors: str = "voc", six: bool = False) -> SSD:
+def ssd300_vgg16_bn(
+    num_classes: int, *, width: float = 1.0, anchors: str = "voc", six: bool = False, batch_norm: bool = True
+) -> SSD:
     """SSD300 with random weights.
 
     Args:
@@ -142,12 +146,13 @@ def ssd300_vgg16_bn(num_classes: int, *, width: float = 1.0, anchors: str = "voc
         anchors: anchor sizes of the original, "voc" or "coco".
         six: six anchors per cell on all six maps (11,640) instead of the original's 4, 6, 6, 6,
             4, 4 (8,732); the cost that the SCN paper reports fits this layout.
+        batch_norm: in the trunk, as SCN has it; without, this is the original, of 26,285,486 parameters for 21 classes.
 
     At width 1 the convolutions take 31.37 G multiply-accumulates for 21 classes.
     """
     ratios = [[2, 3]] * 6 if six else [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
     return SSD(
-        VGG16Extractor(width),
+        VGG16Extractor(width, batch_norm),
         DefaultBoxGenerator(ratios, scales=SCALES[anchors], steps=STEPS),
         size=(300, 300),
         num_classes=num_classes,
@@ -159,32 +164,37 @@ def ssd300_vgg16_bn(num_classes: int, *, width: float = 1.0, anchors: str = "voc
 
 @torch.no_grad()
 def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> None:
-    """Copy torchvision's ImageNet VGG16 with BatchNorm into the trunk, as SSD starts from.
+    """Copy torchvision's ImageNet VGG16, with BatchNorm for a trunk that has it, as SSD starts from.
 
     Its classifier becomes fc6 and fc7: every fourth output, and for fc6 every third pixel of the
     7x7 window, to which fc6's dilation corresponds. ImageNet's mean differs by 0.003 from the
-    detector's; that is left to the first BatchNorm.
+    detector's; that is left to the training.
 
     Args:
         extractor: of width 1.
         vgg: the network to copy; by default it is downloaded (528 MB).
     """
-    vgg = vgg or vgg16_bn(weights=VGG16_BN_Weights.IMAGENET1K_V1)
-    ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (extractor.trunk, vgg.features))
+    trunk: Any = extractor.trunk
+    normalised = any(isinstance(m, nn.BatchNorm2d) for m in trunk)
+    if vgg is None:
+        made = (vgg16_bn, VGG16_BN_Weights.IMAGENET1K_V1) if normalised else (vgg16, VGG16_Weights.IMAGENET1K_V1)
+        vgg = made[0](weights=made[1])
+    ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (trunk, vgg.features))
     for mine, their in zip(ours, theirs, strict=False):  # fc6 and fc7 are left over
         mine.weight.copy_(their.weight)
+        if not normalised:
+            mine.bias.copy_(their.bias)
     scale = 255 * torch.tensor([0.229, 0.224, 0.225])  # ours sees 0..255, ImageNet's weights expect unit variance
     ours[0].weight.div_(scale.to(ours[0].weight.device).view(1, 3, 1, 1))
 
-    batchnorms: Any = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (extractor.trunk, vgg.features))
+    batchnorms: Any = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (trunk, vgg.features))
     for mine, norm, conv in zip(*batchnorms, theirs, strict=False):
         mine.load_state_dict(norm.state_dict())
         mine.running_mean.sub_(conv.bias.to(mine.running_mean.device))  # our convolutions have no bias
 
-    trunk: Any = extractor.trunk
     fc6: Any = vgg.classifier[0]
     fc7: Any = vgg.classifier[3]
     trunk.fc6.weight.copy_(fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3])
-    trunk.bn_fc6.bias.copy_(fc6.bias[::4])
     trunk.fc7.weight.copy_(fc7.weight[::4, ::4, None, None])
-    trunk.bn_fc7.bias.copy_(fc7.bias[::4])
+    (trunk.bn_fc6 if normalised else trunk.fc6).bias.copy_(fc6.bias[::4])
+    (trunk.bn_fc7 if normalised else trunk.fc7).bias.copy_(fc7.bias[::4])

@@ -2,6 +2,9 @@
 
 import filecmp
 import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -56,6 +59,55 @@ def test_kept_while_current_and_renewed_when_stale(tmp_path):
     DigitsVOC(train=2, test=1).generate(path)
     assert len(VOCBoxes(path, "2007", "trainval", CLASSES)) == 2
     assert os.listdir(tmp_path) == ["digits"]  # nothing temporary is left
+
+
+@pytest.mark.parametrize("before", [None, DigitsVOC(train=2, test=1)], ids=["missing", "stale"])
+def test_of_two_that_generate_at_once_the_first_gives_the_folder(tmp_path, monkeypatch, before):
+    """The second is done when the first is reading already, and removes nothing."""
+    path, spec = tmp_path / "digits", DigitsVOC(train=1, test=1)
+    if before:
+        before.generate(path)
+    inode = []
+
+    def overtaken(self, root, write=DigitsVOC._write):
+        write(self, root)
+        if not inode:
+            inode.append(0)
+            spec.generate(path)
+            inode[0] = path.stat().st_ino
+
+    monkeypatch.setattr(DigitsVOC, "_write", overtaken)
+    assert spec.generate(path) == path
+    assert path.stat().st_ino == inode[0]
+    assert len(VOCBoxes(path, "2007", "trainval", CLASSES)) == 1
+    assert os.listdir(tmp_path) == ["digits"]
+
+
+def test_processes_that_generate_at_once(tmp_path):
+    """All begin before any is done, and each reads a whole folder."""
+    with ProcessPoolExecutor(3, get_context("fork")) as pool:
+        barrier = tmp_path / "barrier"
+        barrier.mkdir()
+        found = list(pool.map(_generate_and_read, [tmp_path / "digits"] * 3, [barrier] * 3, range(3)))
+    assert found == [[2, 1]] * 3
+    assert sorted(os.listdir(tmp_path)) == ["barrier", "digits"]
+
+
+def _generate_and_read(path, barrier, number):
+    spec, write = DigitsVOC(train=2, test=1), DigitsVOC._write
+
+    def together(self, root):
+        (barrier / str(number)).touch()
+        while len(os.listdir(barrier)) < 3:
+            time.sleep(0.01)
+        write(self, root)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitsVOC, "_write", together)
+        patch.setattr("data.digits_voc.in_processes", lambda draw, count: [draw(number) for number in range(count)])
+        spec.generate(path)
+    sets = [VOCBoxes(path, "2007", name, CLASSES) for name in ("trainval", "test")]
+    return [len([image for image, _ in split]) for split in sets]
 
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
