@@ -124,10 +124,10 @@ def load_trunk(trunk: Any, path: Path) -> None:
     trunk.load_state_dict({ours: theirs[name] for name, ours in names.items() if name in theirs}, strict=False)
     if is_published:  # whose normalisation adds 1e-5 to the variance, where ours, as the authors' detector, adds 1e-3
         for norm in (module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)):
-            norm.weight.mul_(((norm.running_var + norm.eps) / (norm.running_var + 1e-5)).sqrt())  # type: ignore[operator]
-    deviation = trunk.stem.first.conv.weight.new_tensor(
-        [0.229, 0.224, 0.225]
-    )  # the detector divides by 1 / (255 * 0.017)
+            variance = norm.get_buffer("running_var")
+            norm.weight.mul_(((variance + norm.eps) / (variance + 1e-5)).sqrt())
+    # The detector divides by 1 / 0.017 of 255, the classifier by ImageNet's deviation.
+    deviation = trunk.stem.first.conv.weight.new_tensor([0.229, 0.224, 0.225])
     trunk.stem.first.conv.weight.div_((255 * 0.017 * deviation).view(1, 3, 1, 1))
 
 

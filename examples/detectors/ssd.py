@@ -182,7 +182,7 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
     ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (trunk, vgg.features))
     for mine, their in zip(ours, theirs, strict=False):  # fc6 and fc7 are left over
         mine.weight.copy_(their.weight)
-        if not normalised:
+        if mine.bias is not None and their.bias is not None:
             mine.bias.copy_(their.bias)
     scale = 255 * torch.tensor([0.229, 0.224, 0.225])  # ours sees 0..255, ImageNet's weights expect unit variance
     ours[0].weight.div_(scale.to(ours[0].weight.device).view(1, 3, 1, 1))
