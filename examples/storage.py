@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 class CheckpointError(RuntimeError):
@@ -77,15 +77,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: no such file, a damaged one, or one of another model; the model is as it was.
     """
-    try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
-        ) from error
-    theirs, ours = ({name: tuple(value.shape) for name, value in s.items()} for s in (state, model.state_dict()))
+    state = _read(path)
+    theirs, ours = shapes_of(state), shapes_of(model.state_dict())
     different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if different:
         with safe_open(path, "pt") as file:
@@ -97,3 +90,23 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             "the options that it was made with, or another --checkpoint."
         )
     model.load_state_dict(state)
+
+
+def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint; raises as `load_checkpoint` does."""
+    return shapes_of(_read(path))
+
+
+def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
+        ) from error
