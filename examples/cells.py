@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 import sparsenet
 from data.sets import Data
-from evaluation.detector import Evaluation, evaluate
+from evaluation.detector import Evaluation, evaluate, multiply_accumulates
 from evaluation.voc_map import Matches, mean_average_precision
 from finetune import Training, finetune_dense, finetune_selective, made_selective, train_dense
+from reduction.graph import with_shapes
+from reduction.imitation import Imitation
+from reduction.reduce import Reduction, reduced, sampled_images
+from reduction.resolution import at_side
 from report import coco_percent, origin, write_json
-from storage import load_checkpoint, replacing, save_checkpoint
+from storage import checkpoint_shapes, load_checkpoint, replacing, save_checkpoint
 from training import Schedule
 
 
@@ -36,6 +40,7 @@ class Cell:
         off: the Selective Module's switches that are off.
         masks: what the trained detector is measured with: "own" masks, or as many pixels at the stage as those have, in
             "random" blobs or nearest to the "centre".
+        reduction: what the dense checkpoint was made smaller by before it is fine-tuned.
     """
 
     training: Training
@@ -43,20 +48,20 @@ class Cell:
     at: str | None = None
     off: tuple[str, ...] = ()
     masks: str = "own"
+    reduction: Reduction | None = None
 
     @property
     def name(self) -> str:
         """Readable, and of these settings only."""
-        shown = (
-            "dense"
-            if self.at is None
-            else "-".join([self.at, self.training.supervision, *(f"no_{o}" for o in self.off)])
-        )
-        return f"{shown}-seed{self.seed}-{_digest(self._trained())}"
+        words = [self.reduction.name] if self.reduction else []
+        words += ["dense"] if self.at is None else [self.at, self.training.supervision, *(f"no_{o}" for o in self.off)]
+        return f"{'-'.join(words)}-seed{self.seed}-{_digest(self._trained())}"
 
     def _trained(self) -> dict[str, Any]:
         settings = asdict(self)
         del settings["masks"]
+        if self.reduction is None:  # so that a cell is called as before there were any
+            del settings["reduction"]
         for irrelevant in ("workers", "amp"):
             del settings["training"][irrelevant]
         if self.at is None:  # what the dense detector never sees
@@ -103,6 +108,9 @@ class Bench:
             model, minutes = self.trained(cell)
             title = f"{cell.name}, {cell.masks} masks"
             found = evaluate(model, self.data.test, len(self.data.classes), title, OTHER_MASKS[cell.masks])
+            if cell.at is None:
+                macs = multiply_accumulates(model, self.data.test[0][0])
+                found = replace(found, macs=macs, dense_macs=macs)
             with replacing(matches) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **vars(found.matches))
             eleven, area = mean_average_precision(found.matches)
@@ -112,17 +120,21 @@ class Bench:
                 "test_images": len(found.matches.positives),
                 "map_11_point": 100 * eleven,
                 "map_area": 100 * area,
-                "macs": found.macs if cell.at else None,
-                "dense_macs": found.dense_macs if cell.at else None,
+                "macs": found.macs,
+                "dense_macs": found.dense_macs,
                 "density": found.density,
                 "coco": coco_percent(found.coco) if found.coco else None,
             })  # fmt: skip
         known = json.loads(figures.read_text())
         with np.load(matches) as arrays:
             kept = Matches(**arrays)
-        if cell.at is None:
+        if known["macs"] is None:  # of a dense detector, measured before they were counted
             return known, Evaluation(kept)
         return known, Evaluation(kept, known["macs"], known["dense_macs"], known["density"])
+
+    def measured(self, cell: Cell) -> bool:
+        """Whether `measure` has nothing left to do."""
+        return (self.folder(cell) / f"{cell.masks}.json").exists()
 
     def trained(self, cell: Cell) -> tuple[nn.Module, float]:
         """The cell's detector, and the minutes that its training took, or that of a resumed one since then."""
@@ -132,11 +144,16 @@ class Bench:
         if checkpoint.exists() and clock.exists():
             return self._load(cell, checkpoint), json.loads(clock.read_text())["minutes"]
         began = time.perf_counter()
+        start, train, imitation = self.start(cell.reduction), self.data.train, None
+        if cell.reduction is not None and cell.reduction.kind == "imitation":
+            imitation = Imitation(self.base, start, sampled_images(start, train))
         if cell.at is None:
-            model = finetune_dense(self.base, self.data.train, cell.training, cell.seed, folder)
+            model = finetune_dense(start, train, cell.training, cell.seed, folder, imitation)
         else:
             switches = dict.fromkeys(cell.off, False)
-            model = finetune_selective(self.base, self.data.train, cell.at, cell.training, cell.seed, folder, switches)
+            model = finetune_selective(
+                start, train, cell.at, cell.training, cell.seed, folder, switches, imitation=imitation
+            )
         minutes = (time.perf_counter() - began) / 60
         save_checkpoint(model, checkpoint, cell=asdict(cell), seen=self.seen)
         write_json(clock, {"minutes": minutes})
@@ -144,8 +161,31 @@ class Bench:
             resume.unlink()
         return model, minutes
 
-    def _load(self, cell: Cell, checkpoint: Path) -> nn.Module:
+    def start(self, reduction: Reduction | None) -> nn.Module:
+        """The dense detector that fine-tuning begins with; a reduced one is made once and kept, for all its cells."""
+        if reduction is None:
+            return self.base
+        made = reduction.start
+        checkpoint = self.store / f"start-{made.name}-{_digest([self.seen, asdict(made)])}" / "model.safetensors"
+        if not checkpoint.exists():
+            save_checkpoint(
+                reduced(self.base, made, self.data.train), checkpoint, reduction=asdict(made), seen=self.seen
+            )
+        start = self._shaped(reduction, checkpoint)
+        load_checkpoint(start, checkpoint)
+        return start
+
+    def _shaped(self, reduction: Reduction | None, checkpoint: Path) -> nn.Module:
+        """A dense detector as wide as a checkpoint's, which may be of its selective form."""
         model = copy.deepcopy(self.base)
+        if reduction is None:
+            return model
+        if reduction.kind == "resolution":
+            return at_side(model.eval(), int(reduction.amount))
+        return with_shapes(model, checkpoint_shapes(checkpoint))
+
+    def _load(self, cell: Cell, checkpoint: Path) -> nn.Module:
+        model = self._shaped(cell.reduction, checkpoint)
         if cell.at is not None:
             model = made_selective(model, cell.at, cell.training, dict.fromkeys(cell.off, False))
         load_checkpoint(model, checkpoint)

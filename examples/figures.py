@@ -1,6 +1,6 @@
-"""The picture that shows what a selective detector looks at."""
+"""The pictures: what a selective detector looks at, and what accuracy costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,3 +61,20 @@ def draw_seen(rows: Sequence[Seen], path: Path) -> None:
 
 def _to_pixels(values: Tensor, height: int, width: int, mode: str) -> Tensor:
     return interpolate(values[None, None], size=(height, width), mode=mode)[0, 0]
+
+
+def draw_curves(axes: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> None:
+    """Write a PNG with a plot for each axis: mAP against a share of the dense detector's cost, in percent."""
+    figure, plots = plt.subplots(1, len(axes), figsize=(6.4 * len(axes), 5.4), sharey=True, layout="constrained")
+    for ax, (axis, curves) in zip(plots, axes.items(), strict=True):
+        for number, (title, places) in enumerate(curves.items()):
+            marker = "os^Dv<>"[number % 7]
+            ax.plot(*zip(*places, strict=True), marker=marker, color=f"C{number % 10}", label=title, linewidth=1.3)
+        ax.set_xlabel(f"{axis}, % of the dense detector's")
+        ax.grid(alpha=0.3)
+    plots[0].set_ylabel("mAP, 11-point, %")
+    handles, labels = plots[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import sparsenet
+from reduction.imitation import Imitation, maps_of
 from sparsenet.train import Budget, Direct, Distilled, Indirect, importance, selector_only, stage_features, supervise
 from training import Loss, Schedule, Targets, batches, fit
 
@@ -82,20 +83,51 @@ class Training:
         return Indirect(soft=self.supervision == "indirect-soft")
 
 
-def finetune_dense(base: nn.Module, train: Dataset, training: Training, seed: int, out: Path) -> nn.Module:
-    """A copy of `base`, trained on."""
+def finetune_dense(
+    base: nn.Module,
+    train: Dataset,
+    training: Training,
+    seed: int,
+    out: Path,
+    imitation: Imitation | None = None,
+) -> nn.Module:
+    """A copy of `base`, trained on, which imitates a teacher's features if one is given."""
     dense = copy.deepcopy(base)
-    train_dense(dense, train, training.finetune, f"dense, seed {seed}", seed, training, out)
+    train_dense(dense, train, training.finetune, f"dense, seed {seed}", seed, training, out, imitation)
     return dense
 
 
 def train_dense(
-    model: nn.Module, train: Dataset, schedule: Schedule, title: str, seed: int, training: Training, out: Path
+    model: nn.Module,
+    train: Dataset,
+    schedule: Schedule,
+    title: str,
+    seed: int,
+    training: Training,
+    out: Path,
+    imitation: Imitation | None = None,
 ) -> list[float]:
     """Train `model` in place with its own loss."""
-    return _fit(
-        lambda images, targets, step: model(images, targets), model, train, schedule, title, seed, training, out
-    )
+
+    def loss(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
+        return model(images, targets)
+
+    if imitation is None:
+        return _fit(loss, model, train, schedule, title, seed, training, out)
+    optimizer = schedule.sgd([*model.parameters(), *imitation.parameters()])
+    both = _imitating(loss, model, imitation)
+    return _fit(both, model, train, schedule, title, seed, training, out, optimizer=optimizer, beside=imitation)
+
+
+def _imitating(loss: Loss, model: nn.Module, imitation: Imitation) -> Loss:
+    """A detector's loss, and beside it how far its features are from the teacher's."""
+
+    def both(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
+        with maps_of(model) as maps:
+            losses = loss(images, targets, step)
+        return losses | {"imitation": imitation(maps, images, targets)}
+
+    return both
 
 
 def finetune_selective(
@@ -106,11 +138,13 @@ def finetune_selective(
     seed: int,
     out: Path,
     switches: dict[str, bool] | None = None,
+    imitation: Imitation | None = None,
 ) -> nn.Module:
     """A copy of `base` made selective after the stage `at`, its branch trained alone first, then the whole.
 
     Args:
         switches: of the Selective Module (the paper's ablation), where they are not the default.
+        imitation: of a teacher's features, while the whole is trained.
     """
     torch.manual_seed(seed)
     selective: Any = made_selective(base, at, training, switches)
@@ -128,10 +162,15 @@ def finetune_selective(
         {"params": [parameter for parameter in selective.parameters() if id(parameter) not in ids]},
         {"params": branch, "lr": 10 * schedule.lr},  # it follows the features that it reads as they change
     ]
-    optimizer = schedule.sgd(groups)
     title = f"selective, seed {seed}"
-    beside = teaching.budget
-    _fit(loss, selective, train, schedule, title, seed, training, out, optimizer=optimizer, beside=beside)
+    beside: nn.Module | None = teaching.budget
+    total: Loss = loss
+    if imitation is not None:
+        total = _imitating(loss, selective, imitation)
+        groups.append({"params": list(imitation.parameters())})
+        beside = imitation if beside is None else nn.ModuleList([beside, imitation])
+    optimizer = schedule.sgd(groups)
+    _fit(total, selective, train, schedule, title, seed, training, out, optimizer=optimizer, beside=beside)
     return selective
 
 

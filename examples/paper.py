@@ -27,12 +27,13 @@ import pelee_coco
 import pelee_voc
 import ssd_coco
 import ssd_voc
+import trade_off
 from cells import Bench, Cell
 from claims import Claim, checked
 from claims import markdown as findings
 from evaluation.detector import look
 from evaluation.voc_map import paired_bootstrap
-from figures import draw_seen
+from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
 from recipe import DEMO_TRAINING, Recipe, bfloat16_is_fast
@@ -108,6 +109,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.what == "fig5":
         draw(args)
+        return
+    if args.what == "fig6":
+        trade_offs(args)
         return
     rows = {"table1": table1, "table2": table2, "table3": table3}[args.what](args)
     for row in rows:
@@ -189,6 +193,32 @@ def draw(args) -> None:
         model, _ = bench.trained(Cell(replace(training, supervision=supervision), args.seeds[0], "pool2"))
         seen = [look(model, bench.data.test[i][0], bench.data.classes) for i in range(5)]
         draw_seen(seen, args.out / f"fig5_{supervision}.png")
+
+
+def trade_offs(args) -> None:
+    """What each way to compute less costs in accuracy; see `trade_off`."""
+    bench, training = prepare(ssd_voc.RECIPE, args)
+    cells = trade_off.curves(training, favoured(training), args.seeds[0])
+    if args.only:
+        for curve, cell in ((curve, cell) for curve, many in cells.items() for cell in many):
+            if args.only in f"{curve} {cell.name}":
+                bench.measure(cell)
+        return
+    if args.partial:
+        cells = {curve: [cell for cell in many if bench.measured(cell)] for curve, many in cells.items()}
+    dense = Cell(training, args.seeds[0])
+    points = {
+        curve: [trade_off.point(bench, dense, cell, args.repeats) for cell in many]
+        for curve, many in cells.items()
+        if many
+    }
+    text = trade_off.markdown(points)
+    print(f"\n{text}")
+    about = origin() | {"seen": bench.seen, "seed": args.seeds[0], "curves": points}
+    write_json(args.out / "fig6.json", about)
+    draw_curves(trade_off.axes(points), args.out / "fig6.png")
+    with replacing(args.out / "fig6.md") as temporary:
+        temporary.write_text(f"`{about['command']}`: {bench.seen}; seed {args.seeds[0]}.\n\n{text}")
 
 
 def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
@@ -281,7 +311,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["table1", "table2", "table3", "fig5"])
+    add("what", choices=["table1", "table2", "table3", "fig5", "fig6"])
     add("--data", type=Path, metavar="ROOT", help="folder with VOCdevkit; without it, embedded digits")
     add("--width", type=float, help="factor on all channel counts (0.25; with --data 1)")
     add(
@@ -291,6 +321,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seeds", type=int, nargs="+", default=[0], help="train each cell once per seed (%(default)s)")
     add("--only", default="", metavar="TEXT", help="only the cells whose name contains it; no table is written")
+    add("--partial", action="store_true", help="draw fig6 of the cells that are measured already, and train none")
+    add("--repeats", type=int, default=15, help="of timing, for fig6 (%(default)s)")
     add("--scratch-iterations", type=int, help="of the dense detector, where no checkpoint is there")
     add("--iterations", type=int, help="of fine-tuning (120; with --data 120000)")
     add("--selector-iterations", type=int, help="of the selector alone, before (1000, or 120 by the detector's loss)")

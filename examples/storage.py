@@ -102,7 +102,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         CheckpointError: no such file, a damaged one, or one of another model; the model is as it was.
     """
     state = read_state(path)
-    theirs, ours = ({name: tuple(value.shape) for name, value in s.items()} for s in (state, model.state_dict()))
+    theirs, ours = shapes_of(state), shapes_of(model.state_dict())
     different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if different:
         about, name = _about(path), different[0]
@@ -112,6 +112,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             "the options that it was made with, another --checkpoint, or train one with --from-scratch."
         )
     model.load_state_dict(state)
+
+
+def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint; raises as `read_state` does."""
+    return shapes_of(read_state(path))
+
+
+def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _about(path: Path) -> str:

@@ -71,6 +71,15 @@ def evaluate(
 
 
 @torch.no_grad()
+def multiply_accumulates(model: nn.Module, image: Tensor) -> int:
+    """Of one pass of a dense detector."""
+    counted: list[int] = []
+    with sparsenet.macs.MacCounter(lambda macs, convolved: counted.append(macs)):
+        model([image.to(next(model.parameters()).device)])
+    return sum(counted)
+
+
+@torch.no_grad()
 def look(model: nn.Module, image: Tensor, classes: Sequence[str], least_score: float = 0.5) -> Seen:
     """What a selective detector computes in one image, and finds with at least that score."""
     with sparsenet.record(model) as rec:

@@ -10,6 +10,7 @@ import torch
 import cells
 import paper
 import sparsenet
+import trade_off
 from cells import Bench, Cell
 from data import digits_voc
 from data.sets import voc_or_digits
@@ -138,6 +139,47 @@ def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch
     assert "difference_95" in table["rows"][1] and table["seeds"] == [0]
     assert "| pool3, direct" in (tmp_path / "out" / "table1.md").read_text()
     assert "| pool3, direct" in capsys.readouterr().out
+
+
+def test_figure_6_has_every_curve_of_the_paper_and_more():
+    curves = trade_off.curves(TINY, replace(TINY, missed_pixel=8.0), 0)
+    assert {f"{title}{both}" for title in trade_off.TITLES.values() for both in ("", " and SCN")} <= curves.keys()
+    assert {"dense", "SCN, direct", "SCN, indirect", *(f"SCN, {how}" for how in trade_off.BEYOND)} <= curves.keys()
+    assert {"gumbel", "distilled", "capacity"} == set(trade_off.BEYOND) <= set(SUPERVISIONS)
+    cells_of_all = [cell.name for many in curves.values() for cell in many]
+    assert len(set(cells_of_all)) == len(cells_of_all)
+    table = Cell(TINY, 0, "pool2")  # found again where Table 1 has trained it
+    assert curves["SCN, direct"][1].name == table.name
+
+
+def test_figure_6_of_the_cells_that_are_there(data, tmp_path, monkeypatch):
+    save_checkpoint(ssd300_vgg16_bn(11, width=0.12), tmp_path / "dense.safetensors")
+    whole = trade_off.curves
+
+    def few(*args):
+        found = whole(*args)
+        names = ("dense", "SCN, direct", "channel reduction", "channel reduction and SCN", "resolution reduction")
+        return {name: [replace(cell, at=cell.at and "pool3") for cell in found[name][:1]] for name in names}
+
+    monkeypatch.setattr(trade_off, "curves", few)
+    command = (
+        "paper.py fig6 --width 0.12 --checkpoint dense.safetensors --iterations 1 --selector-iterations 1 "
+        "--workers 0 --threads 1 --device cpu --out out --repeats 1"
+    )
+    for only in ("dense-seed", "channel reduction and SCN"):
+        monkeypatch.setattr("sys.argv", [*command.split(), "--only", only])
+        paper.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(cells, "finetune_selective", None)
+    monkeypatch.setattr("sys.argv", [*command.split(), "--partial"])
+    paper.main()
+    found = json.loads((tmp_path / "out" / "fig6.json").read_text())["curves"]
+    assert list(found) == ["dense", "channel reduction", "channel reduction and SCN", "resolution reduction"]
+    shares = {name: points[0]["macs"] for name, points in found.items()}
+    assert shares["dense"] == 100 and shares["channel reduction"] < 100 and 70 < shares["resolution reduction"] < 76
+    assert set(found["channel reduction"][0]["speed"]) == {"batch 1", "batch 8"}
+    assert (tmp_path / "out" / "fig6.png").stat().st_size > 10_000
+    assert "| channel reduction and SCN |" in (tmp_path / "out" / "fig6.md").read_text()
 
 
 def test_a_dense_detector_that_has_no_checkpoint_is_trained_once(data, tmp_path, monkeypatch):
