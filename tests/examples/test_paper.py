@@ -60,7 +60,7 @@ def test_a_cell_is_trained_once(data, base, tmp_path, monkeypatch):
     figures, found = bench.measure(cell)
     assert figures["test_images"] == 2 and found.macs == figures["macs"] < 1.1 * figures["dense_macs"]
 
-    def again(*args):
+    def again(*args, **options):
         raise AssertionError("it is trained already")
 
     monkeypatch.setattr(cells, "finetune_selective", again)
