@@ -11,7 +11,8 @@ from functools import partial
 from data.sets import coco_or_digits
 from detectors.pelee import pelee304
 from detectors.peleenet import load_trunk
-from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
+from pelee_voc import DEMO
+from recipe import Recipe, paper_preset, run
 from training import Schedule
 
 RECIPE = Recipe(
@@ -21,7 +22,7 @@ RECIPE = Recipe(
     trunk=lambda model, path: load_trunk(model.backbone.trunk, path),
     load=partial(coco_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=Preset(width=0.5, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),
+    demo=DEMO,
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=100_000, batch_size=128, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )

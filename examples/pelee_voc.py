@@ -6,6 +6,7 @@
 For what it does see ssd_voc.py.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from data.sets import voc_or_digits
@@ -14,6 +15,15 @@ from detectors.peleenet import load_trunk
 from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
+# Normalised throughout, it takes a higher rate than SSD: after 250 iterations at full width 12.7 mAP by 0.05, 5.2 by 0.02.
+DEMO = Preset(
+    width=0.5,
+    scratch=replace(DEMO_SCRATCH, iterations=4000, lr=0.05),
+    training=replace(DEMO_TRAINING, finetune=replace(DEMO_TRAINING.finetune, iterations=300)),
+    eval_images=200,
+    checkpoint=None,
+)
+
 RECIPE = Recipe(
     about=__doc__,
     name="pelee_voc",
@@ -21,7 +31,7 @@ RECIPE = Recipe(
     trunk=lambda model, path: load_trunk(model.backbone.trunk, path),
     load=partial(voc_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=Preset(width=0.5, scratch=DEMO_SCRATCH, training=DEMO_TRAINING, eval_images=200, checkpoint=None),
+    demo=DEMO,
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=120_000, batch_size=32, lr=0.005, warmup=0.0216, milestones=(2 / 3, 5 / 6))),
 )
