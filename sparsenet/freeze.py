@@ -19,6 +19,7 @@ from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
 from sparsenet.cuda_graph import GraphedCall, check_graph
 from sparsenet.features import Features
+from sparsenet.frozen_branch import make_direct
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import (
     FOLLOWERS,
@@ -33,7 +34,7 @@ from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.masks import blobs
 from sparsenet.regions import Everywhere, Frame, Regions
 from sparsenet.rules.conv import pair
-from sparsenet.selector import GivenMask, Selector
+from sparsenet.selector import GivenMask, SelectiveModule, Selector
 from sparsenet.surgery import call, check_model, quietly
 
 # Of the mask that guided layers are measured under.
@@ -105,6 +106,9 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> tuple[nn.Mod
     device = next((parameter.device for parameter in frozen.parameters()), None)
     measurements = choice.of_this_machine(device)
     layers = list(_replaced(frozen, backend, measurements))
+    for module in frozen.modules():
+        if type(module) is SelectiveModule:
+            make_direct(module)
     memory = Workspace()
     frozen.register_load_state_dict_pre_hook(refuse_weights)
     frozen._apply = Conversion(frozen, {(layer.dtype, layer.device) for layer in layers})  # type: ignore[method-assign]

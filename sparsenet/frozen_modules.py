@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from sparsenet import context
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Reads, Tables
+from sparsenet.backends.ways import Reads
 from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
+from sparsenet.form import Form
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.kernels import layout, machine
 from sparsenet.masked_conv import by_rule
@@ -92,7 +93,7 @@ class _Frozen(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         refuse_weights(self)
 
-    def _takes(self, input: Tensor) -> bool:
+    def takes(self, input: Tensor) -> bool:
         """Whether packed weights can multiply an ordinary tensor, as far as its kind tells.
 
         Raises:
@@ -186,7 +187,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
                 return self._guided(x)
             except Leaves:
                 return self._conv_forward(x, self.weight, self.bias)  # whose functions leave for the same reason
-        if not self._takes(x) or x.dim() != 4 or x.shape[1] != self.in_channels:
+        if not self.takes(x) or x.dim() != 4 or x.shape[1] != self.in_channels:
             return self._conv_forward(x, self.weight, self.bias)
         batch, channels, *size = x.shape
         grid = (size[0], size[1])
@@ -211,7 +212,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         unfit = x.dtype != self.layer.dtype or x.form.channels[0] != self.in_channels
         if unfit or (asked and not selection.everything):
             return by_rule(self, x, "auto", self.fill)
-        (window, out_grid), pointwise = self._geometry(x)
+        geometry, pointwise = self._geometry(x.form, x.grid)
+        window, out_grid = geometry
         before, gate = x._work, None
         layer: Layer = self.layer
         if before is not None and before.gate is not None:
@@ -220,18 +222,15 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             rows, layer = before.reads.rows, Strips(before, self.layer, window)
         else:
             rows, before = x.computed(), None
-        tables: Tables | None = None
-        images, inputs, outputs = 1, len(rows), len(rows)
         if selection.everything:
-            if not pointwise:
-                images, inputs = selection.batch, x.grid[0] * x.grid[1]
-                outputs = images * out_grid[0] * out_grid[1]
-                tables = OfAllPixels(x.grid, window, out_grid, rows.device)
-        elif x.full or not pointwise:
-            outputs = len(selection.sites(out_grid))
-            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
-        everything = selection.everything and x.form.padding is None
-        reads = Reads(rows, tables, inputs, outputs, images, x.grid, out_grid, everything, gate)
+            reads = self._of_all_pixels(rows, selection.batch, x.grid, geometry, pointwise)
+            reads = reads._replace(everything=x.form.padding is None, gate=gate)
+        else:
+            tables, outputs = None, len(rows)
+            if x.full or not pointwise:
+                outputs = len(selection.sites(out_grid))
+                tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
+            reads = Reads(rows, tables, len(rows), outputs, 1, x.grid, out_grid, False, gate)
         work = Work(layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         if before is None:
             x.read_by(work)
@@ -241,17 +240,31 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             selection.report(self._operation("conv2d", work, out_grid))
         return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])
 
-    def _geometry(self, x: Features) -> tuple[Geometry, bool]:
+    def _of_all_pixels(self, rows: Tensor, batch: int, grid: Pair, geometry: Geometry, pointwise: bool) -> Reads:
+        """What is read where every pixel of every image is."""
+        window, out_grid = geometry
+        if pointwise:
+            return Reads(rows, None, len(rows), len(rows), 1, grid, out_grid, True)
+        tables = OfAllPixels(grid, window, out_grid, rows.device)
+        return Reads(rows, tables, grid[0] * grid[1], batch * out_grid[0] * out_grid[1], batch, grid, out_grid, True)
+
+    def on_rows(self, rows: Tensor, batch: int, grid: Pair, epilogue: Epilogue) -> tuple[Tensor, Pair]:
+        """The rows of all pixels of a map, computed at once, and the grid of what it gives."""
+        geometry, pointwise = self._geometry(Form.plain_of(self.in_channels), grid)
+        reads = self._of_all_pixels(rows, batch, grid, geometry, pointwise)
+        return self.layer.run(reads, epilogue), geometry.out_grid
+
+    def _geometry(self, form: Form, grid: Pair) -> tuple[Geometry, bool]:
         """Where the layer reads a map, and whether each pixel reads itself alone; kept, because it takes longer to find
         than a small layer to compute."""
-        if x.form.plain and x.grid in self._geometries:
-            return self._geometries[x.grid]
+        if form.plain and grid in self._geometries:
+            return self._geometries[grid]
         geometry, _, _ = geometry_of(
-            x, pair(self.kernel_size), self.stride, self.padding, self.dilation, self.padding_mode
+            form, grid, pair(self.kernel_size), self.stride, self.padding, self.dilation, self.padding_mode
         )
-        found = geometry, geometry.window.pointwise and geometry.out_grid == x.grid
-        if x.form.plain:
-            self._geometries[x.grid] = found
+        found = geometry, geometry.window.pointwise and geometry.out_grid == grid
+        if form.plain:
+            self._geometries[grid] = found
         return found
 
     def extra_repr(self) -> str:
@@ -282,7 +295,7 @@ class FrozenLinear(_Frozen, nn.Linear):
             if fits and kept and form.order[-1] == "C":
                 return self._guided(input)
             return F.linear(input, self.weight, self.bias)
-        if not self._takes(input) or input.shape[-1:] != (self.in_features,):
+        if not self.takes(input) or input.shape[-1:] != (self.in_features,):
             return F.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
         reads = Reads(rows.contiguous(), None, len(rows), len(rows), 1, (1, 1), (1, 1), True)
@@ -316,14 +329,14 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features) and input._work is not None:
-            step = _step(self, input.dtype)
+            step = step_of(self, input.dtype)
             following = None if step is None else input.then(lambda epilogue: epilogue.activated(*step))
             if following is not None:
                 return input.becomes(following) if getattr(self, "inplace", False) else following
         return super().forward(input)
 
 
-def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+def step_of(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
     match module:
         case nn.ReLU():
             return "clamp", 0.0, math.inf
@@ -382,7 +395,7 @@ class FusedForward:
         while place < len(modules):
             module: Any = modules[place]
             place += 1
-            if type(module) is not FrozenConv2d or _hooked(module):
+            if type(module) is not FrozenConv2d or hooked(module):
                 input = module(input)
                 continue
             input = module.forward(input)
@@ -393,7 +406,7 @@ class FusedForward:
 
 def _absorbs(features: Any, module: Any) -> bool:
     """Make a normalisation or activation part of the work of features that nothing else reads; whether it could be."""
-    if not isinstance(features, Features) or features._work is None or _hooked(module):
+    if not isinstance(features, Features) or features._work is None or hooked(module):
         return False
     work = features._work
     if type(module) is FrozenBatchNorm2d and not module.training:
@@ -408,7 +421,7 @@ def _absorbs(features: Any, module: Any) -> bool:
             module.eps,
         )
     elif isinstance(module, _Activation):
-        step = _step(module, features.dtype)
+        step = step_of(module, features.dtype)
         epilogue = None if step is None else work.epilogue.activated(*step)
     else:
         return False
@@ -418,7 +431,7 @@ def _absorbs(features: Any, module: Any) -> bool:
     return True
 
 
-def _hooked(module: Any) -> bool:
+def hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

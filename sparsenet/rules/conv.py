@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsenet import backends
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
-from sparsenet.form import Padding
+from sparsenet.form import Form, Padding
 from sparsenet.selection import Operation
 from sparsenet.sites import Pair, TransposedWindow, Window
 
@@ -80,7 +80,8 @@ def masked_conv2d(
     Raises:
         Leaves: for another form, and for padding that two sides disagree about.
     """
-    geometry, pads, padding_mode = geometry_of(x, pair(weight.shape[2:]), stride, padding, dilation, padding_mode)
+    kernel = pair(weight.shape[2:])
+    geometry, pads, padding_mode = geometry_of(x.form, x.grid, kernel, stride, padding, dilation, padding_mode)
     dilation = geometry.window.dilation
 
     def dense(read: Tensor) -> Tensor:
@@ -95,20 +96,20 @@ def masked_conv2d(
 
 
 def geometry_of(
-    x: Features, kernel: Pair, stride: Any, padding: Any, dilation: Any, padding_mode: str
+    form: Form, grid: Pair, kernel: Pair, stride: Any, padding: Any, dilation: Any, padding_mode: str
 ) -> tuple[Geometry, Pads, str]:
-    """Where a convolution of a map, padded or not, reads it, with the padding and its mode in one.
+    """Where a convolution of a map of a form and a grid, padded or not, reads it, with the padding and its mode in one.
 
     Raises:
         Leaves: for another form, and for padding that two sides disagree about.
     """
-    if x.form.order != "NCHW":
-        raise Leaves(x.form.description)
+    if form.order != "NCHW":
+        raise Leaves(form.description)
     dilation = pair(dilation)
     pads = _pads(padding if isinstance(padding, str) else pair(padding), kernel, dilation)
-    if x.form.padding is not None:
-        pads, padding_mode = _joined(x.form.padding, pads, padding_mode)
-    return _geometry(x.grid, kernel, pair(stride), pads, dilation, padding_mode), pads, padding_mode
+    if form.padding is not None:
+        pads, padding_mode = _joined(form.padding, pads, padding_mode)
+    return _geometry(grid, kernel, pair(stride), pads, dilation, padding_mode), pads, padding_mode
 
 
 @rule(F.conv_transpose2d, torch.conv_transpose2d)

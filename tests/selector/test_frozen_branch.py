@@ -1,0 +1,119 @@
+"""A frozen Selective Module against itself, not frozen."""
+
+import copy
+import pickle
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sparsenet
+from sparsenet.frozen_branch import DirectForward
+from sparsenet.frozen_modules import FrozenConv2d, FusedForward
+from sparsenet.selector.selective_module import SelectiveModule
+
+SWITCHES = ("dilated", "non_local", "deconv", "skip", "separable")
+ALONE = ["all", *(f"no {name}" for name in SWITCHES), "none"]
+side = st.integers(1, 23)
+
+
+@cache
+def made(name: str, dtype: torch.dtype) -> tuple[SelectiveModule, Any]:
+    """A module as if trained, and the same frozen."""
+    torch.manual_seed(0)
+    off = SWITCHES if name == "none" else [name.removeprefix("no ")]
+    module = SelectiveModule(12, 8, **{switch: switch not in off for switch in SWITCHES}).to(dtype).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.normal_(part.running_mean)
+            nn.init.uniform_(part.running_var, 0.5, 2)
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    if hasattr(module.attend, "restore"):
+        nn.init.normal_(module.attend.restore.weight)
+    nn.init.normal_(module.logit.weight)
+    return module, sparsenet.freeze(module, torch.randn(1, 12, 20, 21, dtype=dtype))
+
+
+def compare(found: Tensor, module: SelectiveModule, features: Tensor) -> None:
+    """To a few roundings of what the sums are made of, beside the dense float32 module's own distance to float64."""
+    exact = copy.deepcopy(module).double()(features.double())
+    error = (module(features) - exact).abs().max()
+    limit = 4 * error + 16 * torch.finfo(features.dtype).eps * exact.abs().max()
+    assert found.shape == exact.shape and found.dtype == features.dtype
+    assert (found - exact).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ALONE)
+@torch.no_grad()
+def test_every_variant_frozen_equals_itself(name: str, dtype: torch.dtype) -> None:
+    module, frozen = made(name, dtype)
+    direct = [part for part in frozen.modules() if isinstance(vars(part).get("forward"), DirectForward)]
+    under = {id(part) for each in direct for part in each.modules()}
+    assert {id(part) for part in frozen.modules() if isinstance(part, FrozenConv2d)} <= under
+    for batch, size, memory in [(1, (45, 38), torch.channels_last), (3, (6, 7), torch.contiguous_format)]:
+        features = torch.randn(batch, 12, *size, dtype=dtype).contiguous(memory_format=memory)
+        compare(frozen(features), module, features)
+
+
+@given(side, side, st.integers(1, 3))
+@torch.no_grad()
+def test_any_size_and_batch(height: int, width: int, batch: int) -> None:
+    module, frozen = made("all", torch.float32)
+    features = torch.randn(batch, 12, height, width)
+    compare(frozen(features), module, features)
+
+
+@torch.no_grad()
+def test_inside_a_selective_model_it_reads_what_the_stage_gives() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 4, 3, padding=1)
+    )
+    branch, image = made("all", torch.float32)[0], torch.randn(2, 3, 40, 44)
+    selective = sparsenet.selectify(model.eval(), "pool1", selector=copy.deepcopy(branch), example_inputs=image).eval()
+    frozen = sparsenet.freeze(selective, image)
+    with sparsenet.record(selective) as expected, sparsenet.record(frozen) as watched:
+        selective(image)
+        frozen(image)
+    assert (watched.macs, watched.dense_macs) == (expected.macs, expected.dense_macs)
+    compare(frozen.selector.module(model[:4](image)), branch, model[:4](image))
+    torch.testing.assert_close(frozen(image), selective(image))
+
+
+@torch.no_grad()
+def test_hooks_inside_are_called() -> None:
+    module, frozen = made("all", torch.float32)
+    frozen, seen = copy.deepcopy(frozen), []
+    frozen.head[1].register_forward_hook(lambda *_: seen.append("norm"))
+    features = torch.randn(1, 12, 9, 8)
+    compare(frozen(features), module, features)
+    assert seen == ["norm"]
+
+
+@torch.no_grad()
+def test_pickled_it_is_as_it_was() -> None:
+    module, frozen = made("no non_local", torch.float32)
+    loaded, features = pickle.loads(pickle.dumps(frozen)), torch.randn(2, 12, 9, 8)
+    compare(loaded(features), module, features)
+
+
+@torch.no_grad()
+def test_what_kernels_do_not_compute_is_left_as_it_was() -> None:
+    module = copy.deepcopy(made("all", torch.float32)[0]).bfloat16()
+    features = torch.randn(1, 12, 9, 8, dtype=torch.bfloat16)
+    frozen = sparsenet.freeze(module, features)
+    assert not any(isinstance(vars(part).get("forward"), DirectForward) for part in frozen.modules())
+    assert any(isinstance(vars(part).get("forward"), FusedForward) for part in frozen.modules())
+    assert torch.equal(frozen(features), module(features))
+
+
+@torch.no_grad()
+def test_no_image_gives_no_logit() -> None:
+    _, frozen = made("all", torch.float32)
+    assert frozen(torch.randn(0, 12, 9, 8)).shape == (0, 1, 9, 8)
