@@ -38,7 +38,7 @@ from evaluation.voc_map import paired_bootstrap
 from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
-from recipe import DEMO_TRAINING, Recipe, bfloat16_is_fast
+from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision
 from report import origin, table, write_json
 from storage import load_checkpoint, replacing
 
@@ -110,12 +110,12 @@ def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    if args.what == "fig5":
-        draw(args)
-        return
-    if args.what == "fig6":
-        trade_offs(args)
-        return
+    with messages():
+        {"fig5": draw, "fig6": trade_offs}.get(args.what, tabulate)(args)
+
+
+def tabulate(args) -> None:
+    """Train and measure what a table asks for, and write it."""
     rows = {"table1": table1, "table2": table2, "table3": table3}[args.what](args)
     if args.partial:
         there = measured_already(rows)
@@ -247,8 +247,9 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     preset = recipe.paper if args.data else recipe.demo
     width = args.width or preset.width
     checkpoint = args.checkpoint or (preset.checkpoint if width == preset.width else None)
-    amp = bfloat16_is_fast(args.device)
-    training = replace(preset.training, missed_pixel=1.0, size_balance=0.0, workers=args.workers, amp=amp)
+    machine = {name: getattr(args, name) for name in ("workers", "accumulate", "ema")}
+    amp = precision(args.amp, args.device)
+    training = replace(preset.training, missed_pixel=1.0, size_balance=0.0, amp=amp, **machine)
     if args.iterations:
         training = replace(training, finetune=replace(training.finetune, iterations=args.iterations))
     if args.selector_iterations:
@@ -261,7 +262,12 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     data = recipe.load(args.data, args.eval_images)
     torch.manual_seed(0)
     base = recipe.detector(1 + len(data.classes), width).to(args.device)
-    origin = checkpoint.name if checkpoint else f"{scratch.iterations} iterations from scratch"
+    if checkpoint:
+        origin = checkpoint.name
+    else:
+        origin = f"{scratch.iterations} iterations from scratch"
+        origin += f" in {args.accumulate} parts" if args.accumulate > 1 else ""
+        origin += f", averaged by {args.ema}" if args.ema else ""
     title = f"{recipe.name} width {width}"
     seen = f"{title}, dense from {origin}, on {args.data or 'digits'}, {len(data.test)} test images"
 
@@ -365,9 +371,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-images", type=int, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
     add("--out", type=Path, default=Path("docs/results"), help="folder of tables and pictures (%(default)s)")
     add("--store", type=Path, default=Path("runs/paper"), help="folder of the cells (%(default)s)")
-    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add_training(parser)
     args = parser.parse_args()
     if args.partial and (args.only or args.what == "fig5"):
         parser.error("--partial is of the tables and fig6, and trains none: it does not go with --only")

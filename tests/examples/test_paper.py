@@ -10,6 +10,7 @@ import torch
 
 import cells
 import paper
+import recipe
 import sparsenet
 import trade_off
 from cells import Bench, Cell
@@ -82,6 +83,27 @@ def test_a_cell_is_named_by_what_its_training_depends_on():
     assert cell.name != replace(cell, training=replace(TINY, missed_pixel=2.0)).name
     dense = Cell(TINY, seed=0)
     assert dense.name == Cell(replace(TINY, missed_pixel=2.0, supervision="indirect"), seed=0).name
+
+
+def test_how_training_runs_is_an_option_as_in_the_recipes(data, monkeypatch):
+    command = "paper.py table3 --width 0.25 --threads 1 --device cpu"
+    options = "--amp float16 --accumulate 2 --ema 0.9"
+    monkeypatch.setattr("sys.argv", command.split())
+    usual, training = paper.prepare(paper.pelee_voc.RECIPE, paper.parse_arguments())
+    assert (training.accumulate, training.ema, training.amp) == (1, None, recipe.bfloat16_is_fast("cpu"))
+    monkeypatch.setattr("sys.argv", [*command.split(), *options.split()])
+    bench, other = paper.prepare(paper.pelee_voc.RECIPE, paper.parse_arguments())
+    assert (other.accumulate, other.ema, other.amp) == (2, 0.9, torch.float16)
+    assert bench.seen == usual.seen.replace("from scratch", "from scratch in 2 parts, averaged by 0.9")
+    assert Cell(training, 0).name != Cell(other, 0).name == Cell(replace(other, amp=False), 0).name
+    assert json.loads(json.dumps(Cell(other, 0).settings()))["training"]["amp"] == "torch.float16"
+
+
+def test_errors_are_messages(data, monkeypatch):
+    command = "paper.py table1 --width 0.06 --checkpoint none.safetensors --threads 1 --device cpu"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit, match=r"^CheckpointError: .*none.safetensors"):
+        paper.main()
 
 
 @pytest.mark.parametrize("name", ["random", "centre"])
