@@ -33,13 +33,14 @@ import trade_off
 from cells import Bench, Cell
 from claims import Claim, Measured, checked
 from claims import markdown as findings
-from evaluation.detector import look
+from evaluation.detector import look, multiply_accumulates
+from evaluation.paper_like import paper_like_operations
 from evaluation.voc_map import paired_bootstrap
 from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
 from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision
-from report import origin, table, write_json
+from report import PAPER_LIKE, origin, table, write_json
 from storage import load_checkpoint, replacing
 
 # The paper's Table 2 in both readings of its columns: the switches of the Selective Module that are off.
@@ -293,18 +294,23 @@ def write(rows: list[Row], whole: list[Row], args) -> None:
     results = [result(row, measured) for row in rows]
     claims = [claim for claim in CLAIMS.get(args.what, []) if {claim.above, claim.below} <= measured.keys()]
     found = [checked(claim, measured[claim.above], measured[claim.below]) for claim in claims]
-    head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]
+    head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", PAPER_LIKE, "active", "minutes a cell"]
+    head.append("the paper")
     coco = any("coco" in each for each in results)
     lines = [[*head[:1], *(["AP", "AP50", "AP75"] if coco else []), *head[1:]]]
     for each in results:
-        difference, macs, active = "", "", ""
+        difference, macs, paper_like, active = "", f"{each['gmacs']:.3f} G", "", ""
+        if "paper_like_g" in each:
+            paper_like = f"{each['paper_like_g']:.3f}"
         if "difference" in each:
             low, high = each["difference_95"]
             difference = f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
             macs, active = f"{-each['macs_cut']:+.1f} %".replace("-", "−"), f"{each['active']:.1f} %"
         scores = [f"{each['coco'][key]:.1f}" if "coco" in each else "" for key in ("ap", "ap50", "ap75") if coco]
         scores += [f"{each[key]:.1f}" for key in ("map_11_point", "map_area")]
-        lines.append([each["title"], *scores, difference, macs, active, f"{each['minutes']:.1f}", each["paper"]])
+        lines.append(
+            [each["title"], *scores, difference, macs, paper_like, active, f"{each['minutes']:.1f}", each["paper"]]
+        )
     text = table(lines) + (f"\nNot measured: {'; '.join(missing)}.\n" if missing else "")
     text += f"\n{findings(found)}" if found else ""
     print(f"\n{text}")
@@ -331,11 +337,16 @@ def result(row: Row, measured: Mapping[str, Measured]) -> dict[str, Any]:
             name: None if value is None else round(mean(f["coco"][name] for f in figures), 2)
             for name, value in figures[0]["coco"].items()
         }
-    if row.baseline is not None:
+    if row.baseline is None:
+        dense, image = row.bench.base.eval(), row.bench.data.test[0][0]
+        said["gmacs"] = round(multiply_accumulates(dense, image) / 1e9, 4)
+        said["paper_like_g"] = round(paper_like_operations(dense, image) / 1e9, 4)
+    else:
         others = measured[row.baseline]
         pairs = [(other.matches, f.matches) for (_, other), f in zip(others, found, strict=True)]
         said["difference"] = round(said["map_11_point"] - mean(known["map_11_point"] for known, _ in others), 2)
         said["difference_95"] = [round(100 * bound, 2) for bound in paired_bootstrap(pairs)]
+        said["gmacs"] = round(mean(f["macs"] for f in figures) / 1e9, 4)
         said["macs_cut"] = round(
             100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1
         )

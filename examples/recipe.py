@@ -18,6 +18,7 @@ from data.coco import COCOError
 from data.sets import Data
 from data.voc import VOCError
 from evaluation.detector import evaluate, look
+from evaluation.paper_like import paper_like_operations
 from evaluation.speed import compare_speed
 from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
@@ -145,7 +146,9 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     times = {batch: compare_speed(models, images, batch, args.repeats) for batch in args.timed_batches}
 
     dense_runs, selective_runs = map(list, zip(*evaluations, strict=True))
-    figures = Comparison(args.seeds, dense_runs, selective_runs, times).figures()
+    figures = Comparison(
+        args.seeds, dense_runs, selective_runs, times, paper_like_operations(dense, images[0])
+    ).figures()
     table = markdown(figures)
     print(f"\n{table}")
     with replacing(args.out / "result.md") as temporary:

@@ -160,6 +160,9 @@ def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch
     table = json.loads((tmp_path / "out" / "table1.json").read_text())
     assert [row["title"] for row in table["rows"]][:2] == ["baseline", "pool3, direct"]
     assert "difference_95" in table["rows"][1] and table["seeds"] == [0]
+    dense, selective = table["rows"]
+    assert 0 < dense["gmacs"] < dense["paper_like_g"] < 1.1 * dense["gmacs"]
+    assert 0 < selective["gmacs"] < 1.1 * dense["gmacs"] and "paper_like_g" not in selective
     assert "| pool3, direct" in (tmp_path / "out" / "table1.md").read_text()
     assert "| pool3, direct" in capsys.readouterr().out
 
