@@ -294,23 +294,20 @@ def write(rows: list[Row], whole: list[Row], args) -> None:
     results = [result(row, measured) for row in rows]
     claims = [claim for claim in CLAIMS.get(args.what, []) if {claim.above, claim.below} <= measured.keys()]
     found = [checked(claim, measured[claim.above], measured[claim.below]) for claim in claims]
-    head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", PAPER_LIKE, "active", "minutes a cell"]
-    head.append("the paper")
+    compared = ["difference [95 %]", "MACs", PAPER_LIKE, "active"]
+    head = ["", "mAP, 11-point", "mAP, area", *compared, "minutes a cell", "the paper"]
     coco = any("coco" in each for each in results)
     lines = [[*head[:1], *(["AP", "AP50", "AP75"] if coco else []), *head[1:]]]
     for each in results:
-        difference, macs, paper_like, active = "", f"{each['gmacs']:.3f} G", "", ""
-        if "paper_like_g" in each:
-            paper_like = f"{each['paper_like_g']:.3f}"
         if "difference" in each:
             low, high = each["difference_95"]
-            difference = f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-            macs, active = f"{-each['macs_cut']:+.1f} %".replace("-", "−"), f"{each['active']:.1f} %"
+            cost = [f"{-each['macs_cut']:+.1f} %".replace("-", "−"), "", f"{each['active']:.1f} %"]
+            compared = [f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]", *cost]
+        else:
+            compared = ["", f"{each['gmacs']:.3f} G", f"{each['paper_like_g']:.3f}", ""]
         scores = [f"{each['coco'][key]:.1f}" if "coco" in each else "" for key in ("ap", "ap50", "ap75") if coco]
         scores += [f"{each[key]:.1f}" for key in ("map_11_point", "map_area")]
-        lines.append(
-            [each["title"], *scores, difference, macs, paper_like, active, f"{each['minutes']:.1f}", each["paper"]]
-        )
+        lines.append([each["title"], *scores, *compared, f"{each['minutes']:.1f}", each["paper"]])
     text = table(lines) + (f"\nNot measured: {'; '.join(missing)}.\n" if missing else "")
     text += f"\n{findings(found)}" if found else ""
     print(f"\n{text}")
