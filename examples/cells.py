@@ -57,8 +57,14 @@ class Cell:
         words += ["dense"] if self.at is None else [self.at, self.training.supervision, *(f"no_{o}" for o in self.off)]
         return f"{'-'.join(words)}-seed{self.seed}-{_digest(self._trained())}"
 
-    def _trained(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """All of them, as JSON values."""
         settings = asdict(self)
+        settings["training"]["amp"] = str(self.training.half)
+        return settings
+
+    def _trained(self) -> dict[str, Any]:
+        settings = self.settings()
         del settings["masks"]
         if self.reduction is None:  # so that a cell is called as before there were any
             del settings["reduction"]
@@ -114,7 +120,7 @@ class Bench:
             with replacing(matches) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **vars(found.matches))
             eleven, area = mean_average_precision(found.matches)
-            write_json(figures, origin() | asdict(cell) | {
+            write_json(figures, origin() | cell.settings() | {
                 "seen": self.seen,
                 "minutes": round(minutes, 2),
                 "test_images": len(found.matches.positives),
@@ -155,7 +161,7 @@ class Bench:
                 start, train, cell.at, cell.training, cell.seed, folder, switches, imitation=imitation
             )
         minutes = (time.perf_counter() - began) / 60
-        save_checkpoint(model, checkpoint, cell=asdict(cell), seen=self.seen)
+        save_checkpoint(model, checkpoint, cell=cell.settings(), seen=self.seen)
         write_json(clock, {"minutes": minutes})
         for resume in folder.glob("*.resume.pt"):
             resume.unlink()

@@ -3,16 +3,18 @@
   python -m examples.paper table1                 on embedded data, from the dense checkpoint that comes with it
   python -m examples.paper table1 --data ROOT     on Pascal VOC, full width, the dense detector first
   python -m examples.paper table2 --only direct   only the cells whose name contains "direct"
+  python -m examples.paper table2 --partial       the rows that are measured already
 
 Each trains the cells that it needs, one after the other. A cell that was trained before is found
 again under --store, and one that was interrupted goes on where it was. Markdown, JSON and PNG are
-written under --out when all cells of the table are there.
+written under --out when all cells of the table are there, or, with --partial, of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -29,15 +31,16 @@ import ssd_coco
 import ssd_voc
 import trade_off
 from cells import Bench, Cell
-from claims import Claim, checked
+from claims import Claim, Measured, checked
 from claims import markdown as findings
-from evaluation.detector import look
+from evaluation.detector import look, multiply_accumulates
+from evaluation.paper_like import paper_like_operations
 from evaluation.voc_map import paired_bootstrap
 from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
-from recipe import DEMO_TRAINING, Recipe, bfloat16_is_fast
-from report import origin, table, write_json
+from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision
+from report import PAPER_LIKE, origin, table, write_json
 from storage import load_checkpoint, replacing
 
 # The paper's Table 2 in both readings of its columns: the switches of the Selective Module that are off.
@@ -94,44 +97,59 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: the same cell for each seed, what the paper has for it, and what it is compared with."""
+    """A row of a table: the same cell for each seed, what the paper has for it, and the title of the row that it is
+    compared with."""
 
     title: str
     bench: Bench
     cells: list[Cell]
     paper: str = ""
-    baseline: list[Cell] | None = None
+    baseline: str | None = None
 
 
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    if args.what == "fig5":
-        draw(args)
-        return
-    if args.what == "fig6":
-        trade_offs(args)
-        return
+    with messages():
+        {"fig5": draw, "fig6": trade_offs}.get(args.what, tabulate)(args)
+
+
+def tabulate(args) -> None:
+    """Train and measure what a table asks for, and write it."""
     rows = {"table1": table1, "table2": table2, "table3": table3}[args.what](args)
+    if args.partial:
+        there = measured_already(rows)
+        if not there:
+            raise SystemExit(
+                f"{args.what}: no row is measured, for each of the seeds, and its baseline, under {args.store}. Leave "
+                "out --partial, or train cells first: with --only dense those of the baseline."
+            )
+        write(there, rows, args)
+        return
     for row in rows:
         for cell in row.cells:
             if args.only in f"{row.bench.title} {cell.name} {cell.masks}":
                 row.bench.measure(cell)
     if not args.only:
-        write(rows, args)
+        write(rows, rows, args)
+
+
+def measured_already(rows: list[Row]) -> list[Row]:
+    """The rows of which every cell is measured, and every cell of the row that they are compared with."""
+    there = {row.title: row for row in rows if all(row.bench.measured(cell) for cell in row.cells)}
+    return [row for row in there.values() if row.baseline is None or row.baseline in there]
 
 
 def table1(args) -> list[Row]:
     """Two locations and two supervisions against the baseline, by the paper's loss. Then: a loss in which missed pixels
     weigh more, and what is left of its gain where the same number of pixels lie elsewhere."""
     bench, training = prepare(ssd_voc.RECIPE, args)
-    baseline = [Cell(training, seed) for seed in args.seeds]
 
     def row(title: str, at: str, how: Training, paper: str = "", masks: str = "own") -> Row:
-        return Row(title, bench, [Cell(how, seed, at, masks=masks) for seed in args.seeds], paper, baseline)
+        return Row(title, bench, [Cell(how, seed, at, masks=masks) for seed in args.seeds], paper, "baseline")
 
-    rows = [Row("baseline", bench, baseline, "79.1")]
+    rows = [Row("baseline", bench, [Cell(training, seed) for seed in args.seeds], "79.1")]
     found = {
         ("pool2", "indirect"): "77.6, −21.0 %", ("pool2", "direct"): "77.4, −31.3 %",
         ("pool3", "indirect"): "79.0, −10.2 %", ("pool3", "direct"): "78.9, −19.1 %",
@@ -158,13 +176,12 @@ def table2(args) -> list[Row]:
         "direct": ("77.5", "78.9", "78.9", "77.2", "78.6"),
     }
     bench, training = prepare(ssd_voc.RECIPE, args)
-    baseline = [Cell(training, seed) for seed in args.seeds]
-    rows = [Row("baseline", bench, baseline, "79.1")]
+    rows = [Row("baseline", bench, [Cell(training, seed) for seed in args.seeds], "79.1")]
     for supervision, (variant, off) in product(("indirect", "direct"), VARIANTS.items()):
         cells = [Cell(replace(training, supervision=supervision), seed, "pool3", off) for seed in args.seeds]
         columns = [reading.index(variant) for reading in READINGS if variant in reading]
         paper = " or ".join(sorted({found[supervision][column] for column in columns}))
-        rows.append(Row(f"{supervision}, {variant}", bench, cells, paper, baseline))
+        rows.append(Row(f"{supervision}, {variant}", bench, cells, paper, "baseline"))
     return rows
 
 
@@ -178,8 +195,8 @@ def table3(args) -> list[Row]:
     rows = []
     for recipe in (ssd_coco.RECIPE, pelee_voc.RECIPE, pelee_coco.RECIPE):
         bench, training = prepare(recipe, args)
-        baseline = [Cell(training, seed) for seed in args.seeds]
-        rows.append(Row(f"{recipe.name}, baseline", bench, baseline, found[recipe.name][0]))
+        baseline = f"{recipe.name}, baseline"
+        rows.append(Row(baseline, bench, [Cell(training, seed) for seed in args.seeds], found[recipe.name][0]))
         for title, how, paper in (("direct", training, found[recipe.name][1]), (HARDER, favoured(training), "")):
             cells = [Cell(how, seed, recipe.at) for seed in args.seeds]
             rows.append(Row(f"{recipe.name}, {title}", bench, cells, paper, baseline))
@@ -206,6 +223,11 @@ def trade_offs(args) -> None:
         return
     if args.partial:
         cells = {curve: [cell for cell in many if bench.measured(cell)] for curve, many in cells.items()}
+        if not cells["dense"]:
+            raise SystemExit(
+                f"fig6: the dense detector, with which all are compared, is not measured under {args.store}. Leave out "
+                "--partial, or train it first: --only 'dense dense-seed'."
+            )
     dense = Cell(training, args.seeds[0])
     points = {
         curve: [trade_off.point(bench, dense, cell, args.repeats) for cell in many]
@@ -226,8 +248,9 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     preset = recipe.paper if args.data else recipe.demo
     width = args.width or preset.width
     checkpoint = args.checkpoint or (preset.checkpoint if width == preset.width else None)
-    amp = bfloat16_is_fast(args.device)
-    training = replace(preset.training, missed_pixel=1.0, size_balance=0.0, workers=args.workers, amp=amp)
+    machine = {name: getattr(args, name) for name in ("workers", "accumulate", "ema")}
+    amp = precision(args.amp, args.device)
+    training = replace(preset.training, missed_pixel=1.0, size_balance=0.0, amp=amp, **machine)
     if args.iterations:
         training = replace(training, finetune=replace(training.finetune, iterations=args.iterations))
     if args.selector_iterations:
@@ -240,7 +263,12 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     data = recipe.load(args.data, args.eval_images)
     torch.manual_seed(0)
     base = recipe.detector(1 + len(data.classes), width).to(args.device)
-    origin = checkpoint.name if checkpoint else f"{scratch.iterations} iterations from scratch"
+    if checkpoint:
+        origin = checkpoint.name
+    else:
+        origin = f"{scratch.iterations} iterations from scratch"
+        origin += f" in {args.accumulate} parts" if args.accumulate > 1 else ""
+        origin += f", averaged by {args.ema}" if args.ema else ""
     title = f"{recipe.name} width {width}"
     seen = f"{title}, dense from {origin}, on {args.data or 'digits'}, {len(data.test)} test images"
 
@@ -254,36 +282,49 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     return bench, training
 
 
-def write(rows: list[Row], args) -> None:
-    """Markdown and JSON of a table, and whether what the paper found came out."""
-    results = [result(row) for row in rows]
+def write(rows: list[Row], whole: list[Row], args) -> None:
+    """Markdown and JSON of a table, and whether what the paper found came out.
+
+    Args:
+        rows: those that are written.
+        whole: those that the table has.
+    """
     measured = {row.title: [row.bench.measure(cell) for cell in row.cells] for row in rows}
+    missing = [row.title for row in whole if row.title not in measured]
+    results = [result(row, measured) for row in rows]
     claims = [claim for claim in CLAIMS.get(args.what, []) if {claim.above, claim.below} <= measured.keys()]
     found = [checked(claim, measured[claim.above], measured[claim.below]) for claim in claims]
-    head = ["", "mAP, 11-point", "mAP, area", "difference [95 %]", "MACs", "active", "minutes a cell", "the paper"]
+    compared = ["difference [95 %]", "MACs", PAPER_LIKE, "active"]
+    head = ["", "mAP, 11-point", "mAP, area", *compared, "minutes a cell", "the paper"]
     coco = any("coco" in each for each in results)
     lines = [[*head[:1], *(["AP", "AP50", "AP75"] if coco else []), *head[1:]]]
     for each in results:
-        difference, macs, active = "", "", ""
         if "difference" in each:
             low, high = each["difference_95"]
-            difference = f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-            macs, active = f"{-each['macs_cut']:+.1f} %".replace("-", "−"), f"{each['active']:.1f} %"
+            cost = [f"{-each['macs_cut']:+.1f} %".replace("-", "−"), "", f"{each['active']:.1f} %"]
+            compared = [f"{each['difference']:+.1f} [{low:+.1f}, {high:+.1f}]", *cost]
+        else:
+            compared = ["", f"{each['gmacs']:.3f} G", f"{each['paper_like_g']:.3f}", ""]
         scores = [f"{each['coco'][key]:.1f}" if "coco" in each else "" for key in ("ap", "ap50", "ap75") if coco]
         scores += [f"{each[key]:.1f}" for key in ("map_11_point", "map_area")]
-        lines.append([each["title"], *scores, difference, macs, active, f"{each['minutes']:.1f}", each["paper"]])
-    text = table(lines) + (f"\n{findings(found)}" if found else "")
+        lines.append([each["title"], *scores, *compared, f"{each['minutes']:.1f}", each["paper"]])
+    text = table(lines) + (f"\nNot measured: {'; '.join(missing)}.\n" if missing else "")
+    text += f"\n{findings(found)}" if found else ""
     print(f"\n{text}")
     seen = list(dict.fromkeys(row.bench.seen for row in rows))
-    about = origin() | {"seen": seen, "seeds": args.seeds, "rows": results, "findings": found}
+    about = origin() | {"seen": seen, "seeds": args.seeds, "rows": results, "missing": missing, "findings": found}
     write_json(args.out / f"{args.what}.json", about)
     with replacing(args.out / f"{args.what}.md") as temporary:
         temporary.write_text(f"`{about['command']}`: {'; '.join(seen)}; seeds {args.seeds}.\n\n{text}")
 
 
-def result(row: Row) -> dict[str, Any]:
-    """The figures of a row, means over its seeds; mAP in percent."""
-    figures, found = zip(*(row.bench.measure(cell) for cell in row.cells), strict=True)
+def result(row: Row, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """The figures of a row, means over its seeds; mAP in percent.
+
+    Args:
+        measured: of the row and of that which it is compared with, by title.
+    """
+    figures, found = zip(*measured[row.title], strict=True)
     by_seed = {key: [f[key] for f in figures] for key in ("map_11_point", "map_area", "minutes")}
     said: dict[str, Any] = {"title": row.title, "paper": row.paper, "cells": [cell.name for cell in row.cells]}
     said |= {key: round(mean(values), 2) for key, values in by_seed.items()}
@@ -293,11 +334,16 @@ def result(row: Row) -> dict[str, Any]:
             name: None if value is None else round(mean(f["coco"][name] for f in figures), 2)
             for name, value in figures[0]["coco"].items()
         }
-    if row.baseline is not None:
-        others = [row.bench.measure(cell) for cell in row.baseline]
+    if row.baseline is None:
+        dense, image = row.bench.base.eval(), row.bench.data.test[0][0]
+        said["gmacs"] = round(multiply_accumulates(dense, image) / 1e9, 4)
+        said["paper_like_g"] = round(paper_like_operations(dense, image) / 1e9, 4)
+    else:
+        others = measured[row.baseline]
         pairs = [(other.matches, f.matches) for (_, other), f in zip(others, found, strict=True)]
         said["difference"] = round(said["map_11_point"] - mean(known["map_11_point"] for known, _ in others), 2)
         said["difference_95"] = [round(100 * bound, 2) for bound in paired_bootstrap(pairs)]
+        said["gmacs"] = round(mean(f["macs"] for f in figures) / 1e9, 4)
         said["macs_cut"] = round(
             100 * (1 - mean(f["macs"] for f in figures) / mean(f["dense_macs"] for f in figures)), 1
         )
@@ -321,7 +367,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seeds", type=int, nargs="+", default=[0], help="train each cell once per seed (%(default)s)")
     add("--only", default="", metavar="TEXT", help="only the cells whose name contains it; no table is written")
-    add("--partial", action="store_true", help="draw fig6 of the cells that are measured already, and train none")
+    add(
+        "--partial",
+        action="store_true",
+        help="train none, and write the rows of a table, or draw the cells of fig6, that are measured already",
+    )
     add("--repeats", type=int, default=15, help="of timing, for fig6 (%(default)s)")
     add("--scratch-iterations", type=int, help="of the dense detector, where no checkpoint is there")
     add("--iterations", type=int, help="of fine-tuning (120; with --data 120000)")
@@ -329,10 +379,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-images", type=int, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
     add("--out", type=Path, default=Path("docs/results"), help="folder of tables and pictures (%(default)s)")
     add("--store", type=Path, default=Path("runs/paper"), help="folder of the cells (%(default)s)")
-    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    return parser.parse_args()
+    add_training(parser)
+    args = parser.parse_args()
+    if args.partial and (args.only or args.what == "fig5"):
+        parser.error("--partial is of the tables and fig6, and trains none: it does not go with --only")
+    return args
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from data.coco import COCOError
 from data.sets import Data
 from data.voc import VOCError
 from evaluation.detector import evaluate, look
+from evaluation.paper_like import paper_like_operations
 from evaluation.speed import compare_speed
 from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
@@ -145,7 +146,9 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     times = {batch: compare_speed(models, images, batch, args.repeats) for batch in args.timed_batches}
 
     dense_runs, selective_runs = map(list, zip(*evaluations, strict=True))
-    figures = Comparison(args.seeds, dense_runs, selective_runs, times).figures()
+    figures = Comparison(
+        args.seeds, dense_runs, selective_runs, times, paper_like_operations(dense, images[0])
+    ).figures()
     table = markdown(figures)
     print(f"\n{table}")
     with replacing(args.out / "result.md") as temporary:
@@ -213,6 +216,20 @@ def about(classes: Sequence[str], args) -> dict[str, Any]:
 
 
 # fmt: off
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Options of how training runs, which recipes and tables share."""
+    add = parser.add_argument
+    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(),
+        help="CPU threads of an operation (%(default)s)")
+    add("--amp", choices=PRECISIONS, default="auto",
+        help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
+    add("--accumulate", type=int, default=1, metavar="PARTS", help="divide each batch into so many "
+        "parts, computed one after the other, to take less memory (%(default)s)")
+    add("--ema", type=float, metavar="DECAY", help="leave the moving average of a detector's weights, "
+        "such as 0.999, not the last ones")
+
+
 def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     """The command line; what it leaves open is the preset's."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -270,17 +287,9 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     add("--timed-batches", type=int, nargs="+", default=[1, 8], help="batch sizes of it (%(default)s)")
     add("--repeats", type=int, default=7, help="passes over them that are timed (%(default)s)")
     add("--out", type=Path, default=Path("runs") / recipe.name, help="folder for all output (%(default)s)")
-    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(),
-        help="CPU threads of an operation (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="what it runs on; with torchrun, cuda is a GPU for each process (%(default)s)")
-    add("--amp", choices=PRECISIONS, default="auto",
-        help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
-    add("--accumulate", type=int, default=1, metavar="PARTS", help="divide each batch into so many "
-        "parts, computed one after the other, to take less memory (%(default)s)")
-    add("--ema", type=float, metavar="DECAY", help="leave the moving average of a detector's weights, "
-        "such as 0.999, not the last ones")
+    add_training(parser)
     args = parser.parse_args()
 # fmt: on
 

@@ -16,6 +16,8 @@ from evaluation.detector import Evaluation
 from evaluation.voc_map import mean_average_precision, paired_bootstrap
 from storage import replacing
 
+PAPER_LIKE = "G as the paper counts"  # the head of a column
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -25,6 +27,7 @@ class Comparison:
     dense: list[Evaluation]
     selective: list[Evaluation]
     milliseconds: dict[int, dict[str, list[float]]]  # batch size -> "dense" and "selective": per image, by repeat
+    paper_like: int  # operations of the dense one, see `evaluation.paper_like`
 
     def figures(self) -> dict[str, Any]:
         """All results as JSON values; mAP in percent, means over the seeds unless listed by seed."""
@@ -45,6 +48,7 @@ class Comparison:
         result["difference_95"] = [round(100 * bound, 3) for bound in paired_bootstrap(pairs)]
         macs, dense_macs = (mean(getattr(s, kind) for s in self.selective) for kind in ("macs", "dense_macs"))
         result["gmacs"] = {"dense": round(dense_macs / 1e9, 4), "selective": round(macs / 1e9, 4)}
+        result["paper_like_g"] = {"dense": round(self.paper_like / 1e9, 4)}
         result["macs_cut"] = round(100 * (1 - macs / dense_macs), 2)
         result["active"] = round(100 * mean(s.density for s in self.selective), 2)
         result["speed"] = {f"batch {batch}": _speed(times) for batch, times in self.milliseconds.items()}
@@ -82,7 +86,7 @@ def markdown(figures: dict[str, Any]) -> str:
     speeds = figures["speed"]
     extra = ["AP", "AP50", "AP75"] if "coco" in figures else []
     columns = [f"{what}, {batch}" for batch in speeds for what in ("ms per image", "speed-up")]
-    rows = [["", *extra, "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", "active", *columns]]
+    rows = [["", *extra, "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", PAPER_LIKE, "active", *columns]]
     for name in ("dense", "selective"):
         chosen = name == "selective"
         rows.append(
@@ -93,6 +97,7 @@ def markdown(figures: dict[str, Any]) -> str:
                 f"{figures['map_area'][name]:.1f}",
                 f"{figures['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if chosen else "",
                 f"{figures['gmacs'][name]:.3f}" + (f" (−{figures['macs_cut']:.1f} %)" if chosen else ""),
+                "" if chosen else f"{figures['paper_like_g']['dense']:.3f}",
                 f"{figures['active']:.1f} %" if chosen else "100 %",
                 *(
                     cell

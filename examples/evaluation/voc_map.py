@@ -6,14 +6,15 @@ the images is a new set of image weights on the same matches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from torchvision.ops import box_iou
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matches:
-    """The detections of a test set, best first, without those that count neither way."""
+    """The detections of a test set, best first, without those that count neither way. Two are equal if they are one."""
 
     image: np.ndarray  # (d,) index of the detection's image
     label: np.ndarray  # (d,) its class, from 1 on
@@ -62,15 +63,22 @@ def average_precision(matches: Matches, weights: np.ndarray | None = None) -> tu
     positives = weights @ matches.positives
     result = np.full((2, classes), np.nan)
     for c in np.flatnonzero(positives):
-        mine = matches.label == c + 1
-        weight = weights[matches.image[mine]]
-        true = np.cumsum(weight * matches.correct[mine])
-        recall = np.append(true / positives[c], np.inf)
-        precision = np.append(true / np.maximum(np.cumsum(weight), 1), 0)
-        best = np.maximum.accumulate(precision[::-1])[::-1]
-        result[0, c] = best[np.searchsorted(recall, np.arange(11) / 10)].mean()
-        result[1, c] = (np.diff(recall[:-1], prepend=0) * best[:-1]).sum()
+        image, correct = _by_class(matches)[c]
+        weight = weights[image]
+        found = weight[correct]  # where recall grows; precision falls until the next
+        true = np.cumsum(found)
+        precision = true / np.maximum(np.cumsum(weight)[correct], 1)
+        best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
+        result[0, c] = best[np.searchsorted(true / positives[c], np.arange(11) / 10)].mean()
+        result[1, c] = (found @ best[:-1]) / positives[c]
     return result[0], result[1]
+
+
+@cache
+def _by_class(matches: Matches) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each class the images of its detections, and which of these are correct, as indices."""
+    mine = [matches.label == label for label in range(1, 1 + matches.positives.shape[1])]
+    return [(matches.image[m], np.flatnonzero(matches.correct[m])) for m in mine]
 
 
 def mean_average_precision(matches: Matches, weights: np.ndarray | None = None) -> tuple[float, float]:
@@ -87,12 +95,16 @@ def paired_bootstrap(
     Every resample draws the images anew, with replacement, the same ones for both of a pair. The
     pairs (such as one per training seed) are of the same images; their differences are averaged.
     """
-    rng = np.random.default_rng(seed)
-    images = len(pairs[0][0].positives)
-    differences = []
-    for _ in range(resamples):
-        weights = rng.multinomial(images, np.full(images, 1 / images))
-        scores = [[mean_average_precision(m, weights)[0] for m in pair] for pair in pairs]
-        differences.append(np.mean([second - first for first, second in scores]))
+    scores = [[_resampled(matches, resamples, seed) for matches in pair] for pair in pairs]
+    differences = np.mean([second - first for first, second in scores], axis=0)
     low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
+
+
+@cache  # a detector is compared with several others
+def _resampled(matches: Matches, resamples: int, seed: int) -> np.ndarray:
+    """The 11-point mAP of each resample."""
+    rng = np.random.default_rng(seed)
+    images = len(matches.positives)
+    draws = (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(resamples))
+    return np.array([mean_average_precision(matches, weights)[0] for weights in draws])

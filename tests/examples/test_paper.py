@@ -4,11 +4,13 @@ import json
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import cells
 import paper
+import recipe
 import sparsenet
 import trade_off
 from cells import Bench, Cell
@@ -83,6 +85,27 @@ def test_a_cell_is_named_by_what_its_training_depends_on():
     assert dense.name == Cell(replace(TINY, missed_pixel=2.0, supervision="indirect"), seed=0).name
 
 
+def test_how_training_runs_is_an_option_as_in_the_recipes(data, monkeypatch):
+    command = "paper.py table3 --width 0.25 --threads 1 --device cpu"
+    options = "--amp float16 --accumulate 2 --ema 0.9"
+    monkeypatch.setattr("sys.argv", command.split())
+    usual, training = paper.prepare(paper.pelee_voc.RECIPE, paper.parse_arguments())
+    assert (training.accumulate, training.ema, training.amp) == (1, None, recipe.bfloat16_is_fast("cpu"))
+    monkeypatch.setattr("sys.argv", [*command.split(), *options.split()])
+    bench, other = paper.prepare(paper.pelee_voc.RECIPE, paper.parse_arguments())
+    assert (other.accumulate, other.ema, other.amp) == (2, 0.9, torch.float16)
+    assert bench.seen == usual.seen.replace("from scratch", "from scratch in 2 parts, averaged by 0.9")
+    assert Cell(training, 0).name != Cell(other, 0).name == Cell(replace(other, amp=False), 0).name
+    assert json.loads(json.dumps(Cell(other, 0).settings()))["training"]["amp"] == "torch.float16"
+
+
+def test_errors_are_messages(data, monkeypatch):
+    command = "paper.py table1 --width 0.06 --checkpoint none.safetensors --threads 1 --device cpu"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit, match=r"^CheckpointError: .*none.safetensors"):
+        paper.main()
+
+
 @pytest.mark.parametrize("name", ["random", "centre"])
 def test_other_masks_have_as_many_pixels(name):
     mask = torch.zeros(1, 38, 38, dtype=torch.bool)
@@ -118,7 +141,7 @@ def test_tables_have_the_papers_rows(monkeypatch):
     rows = paper.table3(args)
     assert [row.bench for row in rows] == ["ssd_coco"] * 3 + ["pelee_voc"] * 3 + ["pelee_coco"] * 3
     assert [row.baseline for row in rows[1::3]] == [row.baseline for row in rows[2::3]]
-    assert [row.baseline for row in rows[1::3]] == [row.cells for row in rows[::3]]
+    assert [row.baseline for row in rows[1::3]] == [row.title for row in rows[::3]]
 
 
 def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch, capsys):
@@ -137,6 +160,9 @@ def test_a_single_cell_by_command_then_a_table(data, base, tmp_path, monkeypatch
     table = json.loads((tmp_path / "out" / "table1.json").read_text())
     assert [row["title"] for row in table["rows"]][:2] == ["baseline", "pool3, direct"]
     assert "difference_95" in table["rows"][1] and table["seeds"] == [0]
+    dense, selective = table["rows"]
+    assert 0 < dense["gmacs"] < dense["paper_like_g"] < 1.1 * dense["gmacs"]
+    assert 0 < selective["gmacs"] < 1.1 * dense["gmacs"] and "paper_like_g" not in selective
     assert "| pool3, direct" in (tmp_path / "out" / "table1.md").read_text()
     assert "| pool3, direct" in capsys.readouterr().out
 
@@ -150,6 +176,60 @@ def test_figure_6_has_every_curve_of_the_paper_and_more():
     assert len(set(cells_of_all)) == len(cells_of_all)
     table = Cell(TINY, 0, "pool2")  # found again where Table 1 has trained it
     assert curves["SCN, direct"][1].name == table.name
+
+
+def kept(bench, cell):
+    """The cell, as if it were measured."""
+    matches = {"image": [0], "label": [1], "correct": [cell.at is None], "positives": [[1]] * 2}
+    bench.folder(cell).mkdir(parents=True)
+    np.savez(bench.folder(cell) / "own.npz", **matches)
+    figures = {"macs": 2.0, "dense_macs": 4.0, "density": 0.5, "minutes": 1.0, "coco": None}
+    figures |= {"map_11_point": 50.0, "map_area": 50.0}
+    (bench.folder(cell) / "own.json").write_text(json.dumps(figures))
+
+
+def test_a_part_of_a_table(data, base, tmp_path, monkeypatch, capsys):
+    """Rows that are there for every seed, with their baseline; of the others the titles. Nothing is trained."""
+    benches = [Bench(base, data, name, name, tmp_path / "store") for name in ("first", "second")]
+    dense, chosen = ([Cell(TINY, seed, at) for seed in (0, 1)] for at in (None, "pool2"))
+    others = {name: [replace(cell, at=name) for cell in chosen] for name in ("half", "missing")}
+    rows = [paper.Row(f"{bench.title}, baseline", bench, dense) for bench in benches]
+    rows += [paper.Row(f"{bench.title}, pool2", bench, chosen, "", f"{bench.title}, baseline") for bench in benches]
+    rows += [paper.Row(name, benches[0], others[name], "", "first, baseline") for name in others]
+    monkeypatch.setattr(paper, "table2", lambda args: rows)
+    monkeypatch.setattr(Bench, "trained", None)
+    claim = paper.Claim("it is there", "first, baseline", "first, pool2", "map")
+    monkeypatch.setattr(paper, "CLAIMS", {"table2": [claim, replace(claim, above="half")]})
+    command = "paper.py table2 --partial --seeds 0 1 --out out --threads 1"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit, match=r"no row is measured.*--only dense"):
+        paper.main()
+    for cell in (*chosen, others["half"][0]):
+        kept(benches[0], cell)
+    for cell in chosen:
+        kept(benches[1], cell)
+    with pytest.raises(SystemExit, match="no row is measured"):
+        paper.main()
+    assert not (tmp_path / "out").exists()
+    for cell in dense:
+        kept(benches[0], cell)
+    paper.main()
+    table = json.loads((tmp_path / "out" / "table2.json").read_text())
+    assert [row["title"] for row in table["rows"]] == ["first, baseline", "first, pool2"]
+    assert table["missing"] == ["second, baseline", "second, pool2", "half", "missing"]
+    assert [found["above"] for found in table["findings"]] == ["first, baseline"]
+    assert (
+        "\nNot measured: second, baseline; second, pool2; half; missing.\n"
+        in (tmp_path / "out" / "table2.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("wrong", ["table1 --partial --only dense", "fig5 --partial"])
+def test_a_part_goes_with_tables_and_trains_none(wrong, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["paper.py", *wrong.split()])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert "--partial" in capsys.readouterr().err
 
 
 def test_figure_6_of_the_cells_that_are_there(data, tmp_path, monkeypatch):
@@ -166,6 +246,9 @@ def test_figure_6_of_the_cells_that_are_there(data, tmp_path, monkeypatch):
         "paper.py fig6 --width 0.12 --checkpoint dense.safetensors --iterations 1 --selector-iterations 1 "
         "--workers 0 --threads 1 --device cpu --out out --repeats 1"
     )
+    monkeypatch.setattr("sys.argv", [*command.split(), "--partial"])
+    with pytest.raises(SystemExit, match=r"the dense detector.*--only"):
+        paper.main()
     for only in ("dense-seed", "channel reduction and SCN"):
         monkeypatch.setattr("sys.argv", [*command.split(), "--only", only])
         paper.main()

@@ -39,6 +39,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     assert result["command"] == f"python examples/{command}"
     assert result["test_images"] == 2
     assert result["gmacs"]["dense"] == pytest.approx(2.10, abs=0.01)
+    assert 1.002 < result["paper_like_g"]["dense"] / result["gmacs"]["dense"] < 1.02
     assert set(result["speed"]) == {"batch 1", "batch 2"}
     assert all(math.isfinite(speed["speedup"]) for speed in result["speed"].values())
     assert (tmp_path / "out" / "result.md").read_text() in capsys.readouterr().out
@@ -97,7 +98,7 @@ def test_comparison_of_two_seeds():
     dense = [Evaluation(found(1))] * 2
     selective = [Evaluation(found(share), 4e9, 10e9, 0.25) for share in (0.5, 1)]
     times = {"dense": [10.0, 11.0, 12.0], "selective": [5.0, 5.0, 6.0]}
-    figures = Comparison([3, 4], dense, selective, {1: times}).figures()
+    figures = Comparison([3, 4], dense, selective, {1: times}, paper_like=11 * 10**9).figures()
     assert figures["map_11_point"] == {"dense": 100, "selective": pytest.approx(100 * (6 / 11 + 1) / 2, abs=1e-3)}
     assert figures["difference"] == pytest.approx(-22.727, abs=1e-3)
     low, high = figures["difference_95"]
@@ -105,7 +106,8 @@ def test_comparison_of_two_seeds():
     assert (figures["macs_cut"], figures["active"], figures["speed"]["batch 1"]["speedup"]) == (60, 25, 2)
     lines = markdown(figures).splitlines()
     assert lines[2].startswith("| dense     | 100.0 ")
-    assert "4.000 (−60.0 %) | 25.0 % | 5.0" in lines[3]
+    assert "| 10.000          | 11.000                | 100 %  |" in lines[2]
+    assert "4.000 (−60.0 %) |                       | 25.0 % | 5.0" in lines[3]
     assert len({len(line) for line in lines}) == 1
 
 

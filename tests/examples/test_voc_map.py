@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import voc_map
 from evaluation.voc_map import average_precision, match, mean_average_precision, paired_bootstrap
 
 
@@ -167,3 +168,40 @@ def test_bootstrap(noisy):
     difference = mean_average_precision(better)[0] - mean_average_precision(worse)[0]
     assert 0 < low < difference < high
     assert paired_bootstrap([(worse, better)] * 3, resamples=200) == pytest.approx((low, high))
+
+
+def slow_eleven_point(matches, weights):
+    """Class by class, at every detection in turn."""
+    scores = []
+    for label, positives in enumerate(weights @ matches.positives, start=1):
+        if positives:
+            mine = matches.label == label
+            weight = weights[matches.image[mine]]
+            true = np.cumsum(weight * matches.correct[mine])
+            recall, precision = true / positives, true / np.maximum(np.cumsum(weight), 1)
+            scores.append(np.mean([precision[recall >= k / 10].max(initial=0) for k in range(11)]))
+    return np.mean(scores)
+
+
+def test_bootstrap_gives_what_the_slow_one_does(noisy):
+    targets, good, bad = noisy
+    better, worse = match(good, targets, 2), match(bad, targets, 2)
+    pairs = [(worse, better), (better, worse), (worse, better)]
+    rng = np.random.default_rng(3)
+    differences = []
+    for _ in range(100):
+        weights = rng.multinomial(12, np.full(12, 1 / 12))
+        scores = [[slow_eleven_point(matches, weights) for matches in pair] for pair in pairs]
+        differences.append(np.mean([second - first for first, second in scores]))
+    found = paired_bootstrap(pairs, resamples=100, seed=3)
+    assert found == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=1e-12)
+
+
+def test_bootstrap_resamples_each_detector_once(noisy, monkeypatch):
+    targets, good, bad = noisy
+    better, worse, other = match(good, targets, 2), match(bad, targets, 2), match(bad, targets, 2)
+    first = paired_bootstrap([(worse, better)], resamples=20)
+    monkeypatch.setattr(voc_map, "mean_average_precision", None)
+    assert paired_bootstrap([(better, worse)], resamples=20) == pytest.approx((-first[1], -first[0]))
+    with pytest.raises(TypeError):
+        paired_bootstrap([(better, other)], resamples=20)
