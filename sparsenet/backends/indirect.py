@@ -138,19 +138,23 @@ class Prepared:
         return out
 
 
-def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float) -> Tensor:
+def pool(
+    operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float, out: Tensor | None = None
+) -> Tensor:
     """Pooling of rows (at least `inputs`, C) to rows (n_out, C): the "max" or "sum" over taps.
 
     Args:
         table: int32 (n_out, taps) as in `KernelMap`.
         outside: what a place outside the image holds, of which "max" makes use.
+        out: where to write the result, contiguous; new memory if `None`.
     """
     channels, dtype = rows.shape[1], rows.dtype
     vectors = convolution.panel_vectors(channels, dtype)
     width = vectors * machine.lanes(dtype)
     panels = -(-channels // width)
     one, none = constant(panels * width, 1.0, dtype), constant(panels * width, 0.0, dtype)
-    out = workspace.empty(len(table), channels, rows)
+    if out is None:
+        out = workspace.empty(len(table), channels, rows)
     by_channel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
     kernel = _Kernel(by_channel, channels, channels, 1, panels, panels, width, dtype)
     bounds = bits(-math.inf), bits(math.inf)

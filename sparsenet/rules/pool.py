@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.backends import indirect, triton
+from sparsenet.backends import indirect, triton, workspace
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window, dense_table
@@ -89,8 +89,9 @@ class _Pooling:
         if kernels is triton:
             pooled = triton.pool("max", rows, table, each, self.outside, batch)
         else:
-            images = [indirect.pool("max", image, table, each, self.outside) for image in rows.split(each)]
-            pooled = images[0] if batch == 1 else torch.cat(images)
+            pooled = workspace.empty(batch * len(table), rows.shape[1], rows)
+            for image, part in zip(rows.split(each), pooled.split(len(table)), strict=True):
+                indirect.pool("max", image, table, each, self.outside, part)
         value = pooled.view(batch, *self.out_grid, -1).permute(0, 3, 1, 2)
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
 
