@@ -45,8 +45,8 @@ RULES: dict[Any, Rule] = {}
 """Function, as `__torch_function__` sees it, to `rule(func, *args, **kwargs)`; filled by `sparsenet.rules`."""
 
 
-# The lowest fill where the mask takes gradient, which is of the size of what an open pixel holds beside it. Of a class score
-# it is as good as never: 5e-5 by softmax or sigmoid.
+# The lowest fill where the mask takes gradient, which is of the size of the difference between a pixel's own value and
+# its fill. As a class score it still means never: 5e-5 by softmax or sigmoid.
 LOWEST_LIVE_FILL = -10.0
 
 
