@@ -45,6 +45,11 @@ RULES: dict[Any, Rule] = {}
 """Function, as `__torch_function__` sees it, to `rule(func, *args, **kwargs)`; filled by `sparsenet.rules`."""
 
 
+# The lowest fill where the mask takes gradient, which is of the size of the difference between a pixel's own value and
+# its fill. As a class score it still means never: 5e-5 by softmax or sigmoid.
+LOWEST_LIVE_FILL = -10.0
+
+
 class Leaves(Exception):
     """Raised by a rule that cannot keep these arguments guided; its text is the reason."""
 
@@ -425,7 +430,7 @@ class Features(torch.Tensor):
     def dense(self, reader: str) -> Tensor:
         """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read."""
         self.note_reading(reader)
-        masked = self._masked() if self.fill is None or self.selection.live else self._filled(self.fill)
+        masked = self._masked() if self.fill is None else self._filled(self.fill)
         return self.form.present(masked)
 
     def note_reading(self, reader: str) -> None:
@@ -528,7 +533,14 @@ class MaskedFeatures(Features):
         return self._read[2]
 
     def _filled(self, fill: Tensor) -> Tensor:
-        return torch.where(self.selection.mask(self.grid), self.value, fill[:, None, None].to(self.value))
+        fill = fill[:, None, None].to(self.value)
+        if not self.selection.live:
+            return torch.where(self.selection.mask(self.grid), self.value, fill)
+        fill, gate = fill.clamp(min=LOWEST_LIVE_FILL), self.gate
+        if gate is None:
+            return torch.where(self.selection.mask(self.grid), self.value, fill)
+        gate = gate.to(self.value.dtype)
+        return self.value * gate + fill * (1 - gate)
 
     def read(self, reader: str) -> Tensor:
         """What `reader`, an operation over space, sees: everything of full features, zeros at inactive pixels else."""

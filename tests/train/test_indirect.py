@@ -50,13 +50,21 @@ def logits_of(seed: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 1, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@given(st.sets(st.sampled_from(LAYERS)), st.booleans(), st.integers(0, 99), st.sampled_from([-9.0, 0.0, 9.0]))
-@settings(max_examples=30)
+@given(
+    st.sets(st.sampled_from(LAYERS)),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from([-9.0, 0.0, 9.0]),
+    st.sampled_from([None, [0.0, -3.0, -1e4, 2.0]]),
+)
+@settings(max_examples=40)
 def test_gradient_reaches_the_mask_through_the_named_layers_only(
-    layers: set[str], soft: bool, seed: int, shift: float
+    layers: set[str], soft: bool, seed: int, shift: float, fill: list[float] | None
 ) -> None:
+    """The last layer is a head, with what it says of an ignored pixel or without; it says no less than -10."""
     logits = logits_of(seed) + shift  # about half of the pixels, none, or all
     model, images = learner(logits)
+    model.c.fill = None if fill is None else torch.tensor(fill)
     with supervise(model, Indirect(sorted(layers), soft=soft)) as supervision:
         output = model(images)
     (output.square().sum() + supervision.loss()).backward()
@@ -71,6 +79,9 @@ def test_gradient_reaches_the_mask_through_the_named_layers_only(
     x = read(torch.tanh(twin.a(twin.stem(images))), "a")
     x = read(F.relu(twin.b(x)), "b")
     expected = read(twin.c(x), "c")
+    if fill is not None:
+        beyond = 1 - (gate if "c" in layers else gate.detach())
+        expected = expected + torch.tensor(fill).double().clamp(min=-10)[:, None, None] * beyond
     (expected.square().sum() + 0 * by_hand.sum()).backward()
     assert_same(output, expected)
     assert_same(model.selector.module.logits.grad, by_hand.grad)
