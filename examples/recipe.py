@@ -180,7 +180,8 @@ def check_stage(base: Any, args: argparse.Namespace) -> None:
     try:
         made_selective(base, args.at, args.training)
     except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"--at {args.at}, --width {args.width}: {error} Choose another stage or width.") from error
+        said = str(error).rstrip(".")
+        raise SystemExit(f"--at {args.at}, --width {args.width}: {said}. Choose another stage or width.") from error
 
 
 def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -34,7 +35,10 @@ def ensure_writable(folder: Path, option: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The first two lines of what an error says, as one: PyTorch's go on for a line per tensor."""
+    """The first two lines of what an error says, as one: PyTorch's go on for a line per tensor, or for ways to load
+    what is no checkpoint."""
+    if isinstance(error, UnpicklingError):
+        return "it has more than tensors in it, or is no file that PyTorch wrote"
     return " ".join(str(error).split("\n")[:2]).replace("\t", "")
 
 
@@ -104,7 +108,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
+        raise CheckpointError(f"There is no file {path}. Give another, or train one with --from-scratch.") from error
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(
             f"{path} is damaged ({brief(error)}). Fetch it again, or train it with --from-scratch."
