@@ -1,6 +1,7 @@
 """What the four recipes share: dense and selective detector, fine-tuned from one dense checkpoint, then compared."""
 
 import argparse
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,14 @@ def run(recipe: Recipe) -> None:
 @contextmanager
 def messages() -> Iterator[None]:
     """Errors that the user can mend end the command with what they say, without the way that the program came."""
+
+    before = threading.excepthook
+
+    def in_another_thread(found: threading.ExceptHookArgs) -> None:
+        if not issubclass(found.exc_type, OSError):  # which TensorBoard's writer has the main thread raise, too
+            before(found)
+
+    threading.excepthook = in_another_thread
     try:
         yield
     except (CheckpointError, COCOError, NotFiniteError, VOCError, OSError) as error:
@@ -115,6 +124,8 @@ def messages() -> Iterator[None]:
         said = str(error).rpartition(f"{kind}: ")[2].strip()  # of a worker's error, the message has its whole traceback
         way = ". Mend that and repeat the command; what was saved is still there." * isinstance(error, OSError)
         raise SystemExit(f"{kind}: {said}{way}") from error
+    finally:
+        threading.excepthook = before
 
 
 def compare(recipe: Recipe, args: argparse.Namespace) -> None:

@@ -21,15 +21,15 @@ class CheckpointError(RuntimeError):
 
 
 def ensure_writable(folder: Path, option: str) -> None:
-    """Make the folder, if need be, and see that files can be made in it: before hours of work, not after.
+    """Make the folder, if need be, and see that a file of a MiB can be made in it: before hours of work, not after.
 
     Raises:
         CheckpointError: they cannot; it names the option that gave the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
     except OSError as error:
         raise CheckpointError(f"No file can be made in {folder} ({error}). Choose another {option}.") from error
 

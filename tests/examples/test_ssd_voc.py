@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_messages_say_what_is_wrong_and_no_more(workers):
         with pytest.raises(SystemExit) as ended, recipe.messages():
             list(batches(Broken(error), schedule, seed=0, workers=workers))
         assert ended.value.code == said
+
+
+def test_log_that_cannot_be_written(monkeypatch, capsys):
+    """TensorBoard's thread prints no traceback beside the message."""
+
+    def full():
+        raise OSError("no room")
+
+    with pytest.raises(SystemExit, match="OSError: no room"), recipe.messages():
+        writing = threading.Thread(target=full)
+        writing.start()
+        writing.join()
+        full()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_what_a_resumed_run_must_share(tmp_path, monkeypatch):

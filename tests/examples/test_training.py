@@ -240,6 +240,8 @@ def test_folder_that_cannot_be_made(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
         with pytest.raises(CheckpointError, match=r"No file can be made in .*file.*another --store"):
             ensure_writable(folder, "--store")
+    with largest_file(2**19), pytest.raises(CheckpointError, match=r"File too large"):
+        ensure_writable(tmp_path, "--store")
     ensure_writable(tmp_path / "new" / "sub", "--store")
     assert not list((tmp_path / "new" / "sub").iterdir())
     with pytest.raises(CheckpointError, match=r"No file of that name was there before.*another --out"):
