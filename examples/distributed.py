@@ -13,19 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def launched() -> int:
+    """How many processes torchrun has started, joined or not; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 @contextmanager
 def processes(device: str) -> Iterator[None]:
     """Joins the processes that torchrun has started, if it has, and leaves them at the end. They talk by NCCL where the
-    device is "cuda", which is then the GPU of the process's local rank, and by Gloo elsewhere.
-
-    Raises:
-        ValueError: for one GPU for all.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # which torchrun sets
+    device is "cuda", which is then the GPU of the process's local rank, and by Gloo elsewhere."""
+    if launched() == 1:
         yield
         return
-    if device.startswith("cuda:"):
-        raise ValueError(f"every process needs a GPU of its own, not {device}: give the device 'cuda'")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

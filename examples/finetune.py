@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -73,6 +74,12 @@ class Training:
     def capacity(self) -> float | None:
         return self.density if self.supervision == "capacity" else None
 
+    def of_the_mask(self) -> dict[str, Any]:
+        """What the mask's training depends on beside the schedule of fine-tuning."""
+        names = ("supervision", "density", "missed_pixel", "size_balance", "mask_warmup", "selector_batches")
+        schedules = {"selector_schedule": self.selector, "selector_iterations_by_task": self.selector_by_task}
+        return {name: getattr(self, name) for name in names} | schedules
+
     def how(self) -> Direct | Indirect | Distilled:
         if self.supervision in ("direct", "capacity"):
             return Direct(self.missed_pixel, self.size_balance)
@@ -93,7 +100,8 @@ def finetune_dense(
 ) -> nn.Module:
     """A copy of `base`, trained on, which imitates a teacher's features if one is given."""
     dense = copy.deepcopy(base)
-    train_dense(dense, train, training.finetune, f"dense, seed {seed}", seed, training, out, imitation)
+    about = {"dense weights": digest(base)}
+    train_dense(dense, train, training.finetune, f"dense, seed {seed}", seed, training, out, imitation, about)
     return dense
 
 
@@ -106,17 +114,18 @@ def train_dense(
     training: Training,
     out: Path,
     imitation: Imitation | None = None,
+    about: dict[str, Any] | None = None,
 ) -> list[float]:
-    """Train `model` in place with its own loss."""
+    """Train `model` in place with its own loss; of `about` see `fit`."""
 
     def loss(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
         return model(images, targets)
 
     if imitation is None:
-        return _fit(loss, model, train, schedule, title, seed, training, out)
+        return _fit(loss, model, train, schedule, title, seed, training, out, about)
     optimizer = schedule.sgd([*model.parameters(), *imitation.parameters()])
     both = _imitating(loss, model, imitation)
-    return _fit(both, model, train, schedule, title, seed, training, out, optimizer=optimizer, beside=imitation)
+    return _fit(both, model, train, schedule, title, seed, training, out, about, optimizer=optimizer, beside=imitation)
 
 
 def _imitating(loss: Loss, model: nn.Module, imitation: Imitation) -> Loss:
@@ -150,7 +159,8 @@ def finetune_selective(
     selective: Any = made_selective(base, at, training, switches)
     selective.to(memory_format=torch.channels_last)
     teaching = _Teaching(selective, base, at, training)
-    _train_selector(selective, train, teaching, seed, out)
+    about = {"dense weights": digest(base), "at": at, "switches": switches, **training.of_the_mask()}
+    _train_selector(selective, train, teaching, seed, out, about)
     warmup = round(training.mask_warmup * training.finetune.iterations)
 
     def loss(images: list[Tensor], targets: Targets, step: int) -> dict[str, Tensor]:
@@ -170,8 +180,16 @@ def finetune_selective(
         groups.append({"params": list(imitation.parameters())})
         beside = imitation if beside is None else nn.ModuleList([beside, imitation])
     optimizer = schedule.sgd(groups)
-    _fit(total, selective, train, schedule, title, seed, training, out, optimizer=optimizer, beside=beside)
+    _fit(total, selective, train, schedule, title, seed, training, out, about, optimizer=optimizer, beside=beside)
     return selective
+
+
+def digest(model: nn.Module) -> str:
+    """What tells a model's weights from others."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:8]
 
 
 def made_selective(base: nn.Module, at: str, training: Training, switches: dict[str, bool] | None = None) -> nn.Module:
@@ -227,7 +245,9 @@ def _giving_losses(detector: nn.Module) -> nn.Module:
     return detector
 
 
-def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: int, out: Path) -> None:
+def _train_selector(
+    selective: Any, train: Dataset, teaching: _Teaching, seed: int, out: Path, about: dict[str, Any]
+) -> None:
     """The new branch first learns alone where to look; the detector stays as it is, so that both detectors' own weights
     are trained for equally many iterations. Where a target teaches it, nothing after it runs, and the features that it
     reads are kept and repeated: images and the layers before it take five times as long as its own step."""
@@ -269,9 +289,11 @@ def _train_selector(selective: Any, train: Dataset, teaching: _Teaching, seed: i
     options: dict[str, Any] = {"optimizer": optimizer, "ema": None}
     if training.supervision in BY_TASK:
         schedule = replace(schedule, iterations=training.selector_by_task)
-        _fit(by_task, selector, train, schedule, title, seed, training, out, **options, beside=teaching.budget)
+        options |= {"beside": teaching.budget}
+        _fit(by_task, selector, train, schedule, title, seed, training, out, about, **options)
     else:
-        _fit(on_features, selector, train, schedule, title, seed, training, out, **options, data=features, accumulate=1)
+        options |= {"data": features, "accumulate": 1}
+        _fit(on_features, selector, train, schedule, title, seed, training, out, about, **options)
     for parameter in frozen:
         parameter.requires_grad_(True)
 
@@ -285,6 +307,7 @@ def _fit(
     seed: int,
     training: Training,
     out: Path,
+    about: dict[str, Any] | None,
     **options,
 ) -> list[float]:
     def shuffled(start: int):
@@ -300,6 +323,7 @@ def _fit(
         title=title,
         amp=training.amp,
         state=out / f"{name}.resume.pt",
+        about={"seed": seed, "training images": len(train), **(about or {})},  # type: ignore[arg-type]
         log=out / "log" / name,
         **given,
     )

@@ -39,9 +39,10 @@ from evaluation.voc_map import paired_bootstrap
 from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
+from options import COUNT, NATURAL, POSITIVE, device
 from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision
 from report import PAPER_LIKE, origin, table, write_json
-from storage import load_checkpoint, replacing
+from storage import ensure_writable, load_checkpoint, replacing
 
 # The paper's Table 2 in both readings of its columns: the switches of the Selective Module that are off.
 NONE_ON = ("dilated", "non_local", "deconv", "skip")
@@ -112,6 +113,8 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     with messages():
+        for folder, option in ((args.store, "--store"), (args.out, "--out")):
+            ensure_writable(folder, option)
         {"fig5": draw, "fig6": trade_offs}.get(args.what, tabulate)(args)
 
 
@@ -359,31 +362,33 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("what", choices=["table1", "table2", "table3", "fig5", "fig6"])
     add("--data", type=Path, metavar="ROOT", help="folder with VOCdevkit; without it, embedded digits")
-    add("--width", type=float, help="factor on all channel counts (0.25; with --data 1)")
+    add("--width", type=POSITIVE, help="factor on all channel counts (0.25; with --data 1)")
     add(
         "--checkpoint",
         type=Path,
         help="the dense detector that each cell starts from (for digits the one that comes along)",
     )
-    add("--seeds", type=int, nargs="+", default=[0], help="train each cell once per seed (%(default)s)")
+    add("--seeds", type=NATURAL, nargs="+", default=[0], help="train each cell once per seed (%(default)s)")
     add("--only", default="", metavar="TEXT", help="only the cells whose name contains it; no table is written")
     add(
         "--partial",
         action="store_true",
         help="train none, and write the rows of a table, or draw the cells of fig6, that are measured already",
     )
-    add("--repeats", type=int, default=15, help="of timing, for fig6 (%(default)s)")
-    add("--scratch-iterations", type=int, help="of the dense detector, where no checkpoint is there")
-    add("--iterations", type=int, help="of fine-tuning (120; with --data 120000)")
-    add("--selector-iterations", type=int, help="of the selector alone, before (1000, or 120 by the detector's loss)")
-    add("--eval-images", type=int, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
+    add("--repeats", type=COUNT, default=15, help="of timing, for fig6 (%(default)s)")
+    add("--scratch-iterations", type=COUNT, help="of the dense detector, where no checkpoint is there")
+    add("--iterations", type=COUNT, help="of fine-tuning (120; with --data 120000)")
+    add("--selector-iterations", type=COUNT, help="of the selector alone, before (1000, or 120 by the detector's loss)")
+    add("--eval-images", type=NATURAL, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
     add("--out", type=Path, default=Path("docs/results"), help="folder of tables and pictures (%(default)s)")
     add("--store", type=Path, default=Path("runs/paper"), help="folder of the cells (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add_training(parser)
     args = parser.parse_args()
     if args.partial and (args.only or args.what == "fig5"):
         parser.error("--partial is of the tables and fig6, and trains none: it does not go with --only")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: one occurs twice")
     return args
 
 

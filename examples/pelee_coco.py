@@ -20,6 +20,7 @@ RECIPE = Recipe(
     name="pelee_coco",
     detector=lambda classes, width: pelee304(classes, width=width, anchors="coco"),
     trunk=lambda model, path: load_trunk(model.backbone.trunk, path),
+    least_images=2,
     load=partial(coco_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
     demo=DEMO,

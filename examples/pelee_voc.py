@@ -29,6 +29,7 @@ RECIPE = Recipe(
     name="pelee_voc",
     detector=lambda classes, width: pelee304(classes, width=width),
     trunk=lambda model, path: load_trunk(model.backbone.trunk, path),
+    least_images=2,
     load=partial(voc_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
     demo=DEMO,

@@ -1,6 +1,7 @@
 """What the four recipes share: dense and selective detector, fine-tuned from one dense checkpoint, then compared."""
 
 import argparse
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from evaluation.paper_like import paper_like_operations
 from evaluation.speed import compare_speed
 from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
-from finetune import SUPERVISIONS, Training, finetune_dense, finetune_selective, train_dense
+from finetune import BY_TASK, SUPERVISIONS, Training, finetune_dense, finetune_selective, made_selective, train_dense
 from memory import keep_freed_memory
+from options import COUNT, NATURAL, PART, POSITIVE, SHARE, device
 from report import Comparison, coco_percent, markdown, origin, thinned, write_json
-from storage import CheckpointError, load_checkpoint, replacing, save_checkpoint
+from storage import CheckpointError, ensure_writable, load_checkpoint, replacing, save_checkpoint
 from training import NotFiniteError, Schedule
 
 
@@ -52,6 +54,7 @@ class Recipe:
         imagenet: gives a detector of width 1 an ImageNet trunk (a download), if there is one for it.
         trunk: gives a detector the trunk of a classifier from a file, if it can.
         variants: what else the detector can be asked for: "six" anchors in every cell, or no "batch_norm".
+        least_images: that one training pass takes: two where normalisation is of maps of one pixel.
         load: (root or `None` for embedded data, test images) -> the data.
         at: the stage after which pixels are selected.
         demo: on embedded data.
@@ -68,6 +71,7 @@ class Recipe:
     imagenet: Callable[[Any], None] | None = None
     trunk: Callable[[Any, Path], None] | None = None
     variants: tuple[str, ...] = ()
+    least_images: int = 1
 
 
 # The selective detector's and the dense one's, on embedded data. A missed pixel weighs more than in the paper's loss.
@@ -106,20 +110,37 @@ def run(recipe: Recipe) -> None:
 @contextmanager
 def messages() -> Iterator[None]:
     """Errors that the user can mend end the command with what they say, without the way that the program came."""
+
+    before = threading.excepthook
+
+    def in_another_thread(found: threading.ExceptHookArgs) -> None:
+        if not issubclass(found.exc_type, OSError):  # which TensorBoard's writer has the main thread raise, too
+            before(found)
+
+    threading.excepthook = in_another_thread
     try:
         yield
-    except (CheckpointError, COCOError, NotFiniteError, VOCError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except (CheckpointError, COCOError, NotFiniteError, VOCError, OSError) as error:
+        kind = type(error).__name__
+        said = str(error).rpartition(f"{kind}: ")[2].strip()  # of a worker's error, the message has its whole traceback
+        way = ". Mend that and repeat the command; what was saved is still there." * isinstance(error, OSError)
+        raise SystemExit(f"{kind}: {said}{way}") from error
+    finally:
+        threading.excepthook = before
 
 
 def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     """Train the two, evaluate them, and write what came out; of several processes, the first measures and writes."""
     keep_freed_memory()
     torch.set_num_threads(args.threads)
+    if distributed.first():
+        ensure_writable(args.out, "--out")
     data = recipe.load(args.data, args.eval_images)
     train, test, classes = data.train, data.test, data.classes
     torch.manual_seed(args.seeds[0])
     base = recipe.detector(1 + len(classes), args.width, **args.variant).to(args.device)
+    if not args.dense_only:
+        check_stage(base, args)
     if args.from_scratch:
         if args.imagenet:
             assert recipe.imagenet is not None
@@ -168,10 +189,21 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
     print(f"{args.out} now holds", ", ".join(sorted(file.name for file in args.out.iterdir())))
 
 
+def check_stage(base: Any, args: argparse.Namespace) -> None:
+    """See that the detector can be made selective as asked, before hours of training, not after."""
+    try:
+        made_selective(base, args.at, args.training)
+    except (RuntimeError, ValueError) as error:
+        said = str(error).rstrip(".")
+        raise SystemExit(f"--at {args.at}, --width {args.width}: {said}. Choose another stage or width.") from error
+
+
 def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:
     """Train the dense detector both start from; write it, and a log of how it came about."""
     began = time.perf_counter()
-    losses = train_dense(model, train, args.scratch, "dense from scratch", args.seeds[0], args.training, args.out)
+    begun = {"trunk": args.trunk, "ImageNet": args.imagenet, "width": args.width, **args.variant}
+    title = "dense from scratch"
+    losses = train_dense(model, train, args.scratch, title, args.seeds[0], args.training, args.out, about=begun)
     minutes = (time.perf_counter() - began) / 60
     found = evaluate(model, test, len(classes), "evaluation")
     matches = found.matches
@@ -219,14 +251,14 @@ def about(classes: Sequence[str], args) -> dict[str, Any]:
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Options of how training runs, which recipes and tables share."""
     add = parser.add_argument
-    add("--workers", type=int, default=1, help="processes preparing training images (%(default)s)")
-    add("--threads", type=int, default=torch.get_num_threads(),
+    add("--workers", type=NATURAL, default=1, help="processes preparing training images (%(default)s)")
+    add("--threads", type=COUNT, default=torch.get_num_threads(),
         help="CPU threads of an operation (%(default)s)")
     add("--amp", choices=PRECISIONS, default="auto",
         help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
-    add("--accumulate", type=int, default=1, metavar="PARTS", help="divide each batch into so many "
+    add("--accumulate", type=COUNT, default=1, metavar="PARTS", help="divide each batch into so many "
         "parts, computed one after the other, to take less memory (%(default)s)")
-    add("--ema", type=float, metavar="DECAY", help="leave the moving average of a detector's weights, "
+    add("--ema", type=SHARE, metavar="DECAY", help="leave the moving average of a detector's weights, "
         "such as 0.999, not the last ones")
 
 
@@ -242,7 +274,7 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     add("--data", type=Path, metavar="ROOT",
         help="folder of the real data set; without it, embedded digits")
     add("--at", default=recipe.at, help="the stage after which pixels are selected (%(default)s)")
-    add("--width", type=float, help="factor on all channel counts " + preset(lambda p: p.width))
+    add("--width", type=POSITIVE, help="factor on all channel counts " + preset(lambda p: p.width))
     if "six" in recipe.variants:
         add("--six-anchors", dest="six", action="store_true", help="six anchors in every cell (11,640), which "
             "the paper's cost fits, not the original's 4, 6, 6, 6, 4, 4 (8,732)")
@@ -259,35 +291,35 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     if recipe.trunk:
         add("--trunk", type=Path, metavar="FILE", help="let --from-scratch begin with the trunk of "
             "this classifier, not at random: PeleeNet's authors' (.pth.tar), or one of `peleenet` (.safetensors)")
-    add("--iterations", type=int,
+    add("--iterations", type=COUNT,
         help="of fine-tuning, each detector " + preset(lambda p: p.training.finetune.iterations))
-    add("--selector-iterations", type=int, help="of the selector alone, before fine-tuning "
+    add("--selector-iterations", type=COUNT, help="of the selector alone, before fine-tuning "
         + preset(lambda p: p.training.selector.iterations))
-    add("--selector-batches", type=int, metavar="BATCHES", help="whose features are kept in memory for it "
+    add("--selector-batches", type=COUNT, metavar="BATCHES", help="whose features are kept in memory for it "
         + preset(lambda p: p.training.selector_batches))
-    add("--scratch-iterations", type=int, help="of --from-scratch " + preset(lambda p: p.scratch.iterations))
-    add("--batch-size", type=int, help="images in an iteration " + preset(lambda p: p.scratch.batch_size))
-    add("--lr", type=float, help="highest learning rate of fine-tuning " + preset(lambda p: p.training.finetune.lr))
-    add("--scratch-lr", type=float, help="the same of --from-scratch " + preset(lambda p: p.scratch.lr))
-    add("--mask-warmup", type=float, metavar="SHARE", help="share of fine-tuning in which true boxes "
+    add("--scratch-iterations", type=COUNT, help="of --from-scratch " + preset(lambda p: p.scratch.iterations))
+    add("--batch-size", type=COUNT, help="images in an iteration " + preset(lambda p: p.scratch.batch_size))
+    add("--lr", type=POSITIVE, help="highest learning rate of fine-tuning " + preset(lambda p: p.training.finetune.lr))
+    add("--scratch-lr", type=POSITIVE, help="the same of --from-scratch " + preset(lambda p: p.scratch.lr))
+    add("--mask-warmup", type=PART, metavar="SHARE", help="share of fine-tuning in which true boxes "
         "are active even if not predicted " + preset(lambda p: p.training.mask_warmup))
-    add("--missed-pixel", type=float, metavar="WEIGHT", help="of a missed pixel against a wasted one "
+    add("--missed-pixel", type=POSITIVE, metavar="WEIGHT", help="of a missed pixel against a wasted one "
         "in the mask's loss: higher loses fewer objects and computes more; 1 in the paper "
         + preset(lambda p: p.training.missed_pixel))
-    add("--size-balance", type=float, metavar="POWER", help="0: every missed pixel counts alike, as in "
+    add("--size-balance", type=PART, metavar="POWER", help="0: every missed pixel counts alike, as in "
         "the paper; 1: every missed object does " + preset(lambda p: p.training.size_balance))
     add("--supervision", choices=SUPERVISIONS, default="direct", help="of the mask: "
         + "; ".join(f"{name}: {text}" for name, text in SUPERVISIONS.items()) + " (%(default)s)")
-    add("--density", type=float, help="active share of pixels that gumbel, distilled and capacity aim at (0.3)")
-    add("--seeds", "--seed", type=int, nargs="+", default=[0],
+    add("--density", type=SHARE, help="active share of pixels that gumbel, distilled and capacity aim at (0.3)")
+    add("--seeds", "--seed", type=NATURAL, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
-    add("--eval-images", type=int, help="evaluate the first so many test images, 0: all "
+    add("--eval-images", type=NATURAL, help="evaluate the first so many test images, 0: all "
         + preset(lambda p: p.eval_images))
-    add("--timed-images", type=int, default=16, help="test images time is measured on (%(default)s)")
-    add("--timed-batches", type=int, nargs="+", default=[1, 8], help="batch sizes of it (%(default)s)")
-    add("--repeats", type=int, default=7, help="passes over them that are timed (%(default)s)")
+    add("--timed-images", type=COUNT, default=16, help="test images time is measured on (%(default)s)")
+    add("--timed-batches", type=COUNT, nargs="+", default=[1, 8], help="batch sizes of it (%(default)s)")
+    add("--repeats", type=COUNT, default=7, help="passes over them that are timed (%(default)s)")
     add("--out", type=Path, default=Path("runs") / recipe.name, help="folder for all output (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="what it runs on; with torchrun, cuda is a GPU for each process (%(default)s)")
     add_training(parser)
     args = parser.parse_args()
@@ -318,6 +350,19 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         amp=precision(args.amp, args.device),
     )
     args.scratch = given(scratch, iterations=args.scratch_iterations, batch_size=size, lr=args.scratch_lr)
+    divided = [args.training.finetune] + [args.training.selector] * (args.supervision in BY_TASK)
+    for images in (schedule.batch_size for schedule in divided):
+        part, rest = divmod(images, args.accumulate * distributed.launched())
+        if rest or part * distributed.launched() < recipe.least_images:
+            parser.error(
+                f"a batch of {images} images cannot be divided among {distributed.launched()} processes in "
+                f"{args.accumulate} parts each, of {recipe.least_images} images at least in all: choose another "
+                "--batch-size"
+            )
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: one occurs twice")
+    if distributed.launched() > 1 and args.device.startswith("cuda:"):
+        parser.error(f"each process needs a GPU of its own, not {args.device}: give --device cuda")
     args.trunk = args.trunk if recipe.trunk else None
     for name in ("dense_only", "trunk"):
         if getattr(args, name) and not args.from_scratch:

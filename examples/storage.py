@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +18,28 @@ from torch import Tensor, nn
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or written; the message names the file and the way out."""
+
+
+def ensure_writable(folder: Path, option: str) -> None:
+    """Make the folder, if need be, and see that a file of a MiB can be made in it: before hours of work, not after.
+
+    Raises:
+        CheckpointError: they cannot; it names the option that gave the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        raise CheckpointError(f"No file can be made in {folder} ({error}). Choose another {option}.") from error
+
+
+def brief(error: BaseException) -> str:
+    """The first two lines of what an error says, as one: PyTorch's go on for a line per tensor, or for ways to load
+    what is no checkpoint."""
+    if isinstance(error, UnpicklingError):
+        return "it has more than tensors in it, or is no file that PyTorch wrote"
+    return " ".join(str(error).split("\n")[:2]).replace("\t", "")
 
 
 @contextmanager
@@ -84,10 +108,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"No checkpoint {path}. Train one with --from-scratch.") from error
+        raise CheckpointError(f"There is no file {path}. Give another, or train one with --from-scratch.") from error
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(
-            f"{path} is damaged ({error}). Fetch it again, or train it with --from-scratch."
+            f"{path} is damaged ({brief(error)}). Fetch it again, or train it with --from-scratch."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

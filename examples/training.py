@@ -1,9 +1,9 @@
 """A training loop counted in iterations, which can stop and resume, in one process or several."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 import distributed
 import sparsenet
 from randomness import mixed, seeded
-from storage import CheckpointError, replacing
+from storage import CheckpointError, brief, replacing
 
 Images = list[Tensor]
 Targets = list[dict[str, Tensor]]
@@ -129,6 +129,7 @@ def fit(
     title: str,
     amp: bool | torch.dtype,
     state: Path,
+    about: Mapping[str, Any] | None = None,
     save_every: int = 500,
     accumulate: int = 1,
     ema: float | None = None,
@@ -155,6 +156,7 @@ def fit(
             in float16 with a scaled loss.
         state: file that receives all that is needed to resume, every `save_every` iterations and at
             the end; where it exists the run goes on from it.
+        about: what else the run depends on, by names that its user knows: `state` of another is refused.
         accumulate: into how many parts of equal size each batch is divided, one after the other, to take that much less
             memory: the same step up to rounding, where no summand is a mean over anything but images (batch
             normalisation has the statistics of a part, and a detector's loss the number of positives of a part).
@@ -166,7 +168,8 @@ def fit(
     Raises:
         NotFiniteError: the loss is not finite, in any of the processes.
         ValueError: a batch cannot be divided into `accumulate` parts.
-        CheckpointError: `state` is damaged, belongs to another run, or cannot be written.
+        CheckpointError: `state` is damaged, belongs to another run, is not the same for all processes, or cannot be
+            written.
     """
     device = next(model.parameters()).device
     half = {True: torch.bfloat16, False: None}[amp] if isinstance(amp, bool) else amp
@@ -180,8 +183,13 @@ def fit(
         averaged = parts["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
     if beside is not None:
         parts["beside"] = beside
-    run = f"{title}: {schedule}, {half or torch.float32}, in {accumulate} parts, average {ema}"
+    said = {"run": title, **asdict(schedule), "precision": half or torch.float32, "accumulate": accumulate, "ema": ema}
+    run = {name: str(value) for name, value in {**said, **(about or {})}.items()}
     seed, losses = _resume(state, run, parts) if state.exists() else (torch.initial_seed(), [])
+    if len(set(distributed.gathered(len(losses)))) > 1:
+        raise CheckpointError(
+            f"{state} is not the same for all processes: choose an --out that all share, and have it whole."
+        )
 
     model.train()
     with ExitStack() as stack:
@@ -279,26 +287,31 @@ def _write(writer: Any, step: int, summands: dict[str, float], rates: list, othe
         writer.add_scalar(name, value, step)
 
 
-def _suspend(path: Path, run: str, parts: dict, seed: int, losses: list[float]) -> None:
+def _suspend(path: Path, run: dict[str, str], parts: dict, seed: int, losses: list[float]) -> None:
     content = {name: part.state_dict() for name, part in parts.items()}
     with replacing(path) as temporary, open(temporary, "wb") as file:  # a file, whose errors say what is wrong
         torch.save(content | {"run": run, "seed": seed, "losses": losses}, file)
 
 
-def _resume(path: Path, run: str, parts: dict) -> tuple[int, list[float]]:
+def _resume(path: Path, run: dict[str, str], parts: dict) -> tuple[int, list[float]]:
     """The seed and the losses of the run so far; its state goes into `parts`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["run"]
+        found = dict(content["run"])
     except Exception as error:  # torch.load raises many kinds
-        raise CheckpointError(f"{path} cannot be read ({error}). Remove it to start over.") from error
-    if found != run:
-        raise CheckpointError(f"{path} is of another run ({found}, not {run}). Remove it, or choose another --out.")
+        raise CheckpointError(f"{path} cannot be read ({brief(error)}). Remove it to start over.") from error
+    names = [name for name in {**found, **run} if run.get(name) != found.get(name)]
+    if names:
+        different = "; ".join(f"{name} {found.get(name)}, not {run.get(name)}" for name in names)
+        raise CheckpointError(
+            f"{path} is of another run ({different}). Repeat that one, remove the file to start over, or choose "
+            "another --out."
+        )
     try:
         for name, part in parts.items():
             part.load_state_dict(content[name])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is of another model or optimizer ({error}). Remove it, or choose another --out."
+            f"{path} is of another model or optimizer ({brief(error)}). Remove it, or choose another --out."
         ) from error
     return content["seed"], content["losses"]

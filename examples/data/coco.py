@@ -56,8 +56,8 @@ class COCOBoxes(Dataset):
         path = Path(root) / "annotations" / f"instances_{split}.json"
         folder = Path(root) / split
         content = _load(path)
-        categories = _by_id(path, content, "categories", ("name",))
-        images = _by_id(path, content, "images", ("file_name", "height", "width"))
+        categories = _by_id(path, content, "categories", {"name": str})
+        images = _by_id(path, content, "images", {"file_name": str, "height": float, "width": float})
         _check_files(folder, [image["file_name"] for image in images.values()], path)
 
         self.classes = tuple(categories[i]["name"] for i in sorted(categories))
@@ -115,13 +115,18 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _by_id(path: Path, content: dict, kind: str, needed: tuple[str, ...]) -> dict[int, dict]:
-    """The entries of list `kind` by their ids, in the file's order."""
+def _by_id(path: Path, content: dict, kind: str, needed: dict[str, type]) -> dict[int, dict]:
+    """The entries of list `kind` by their ids, in the file's order; `needed` are their other fields and types."""
     found: dict[int, dict] = {}
     for number, entry in enumerate(content[kind], start=1):
-        lacking = [name for name in ("id", *needed) if not (isinstance(entry, dict) and name in entry)]
+        fields = entry if isinstance(entry, dict) else {}
+        lacking = [
+            name
+            for name, wanted in {"id": int, **needed}.items()
+            if not isinstance(fields.get(name), (int, float) if wanted is float else wanted)
+        ]
         if lacking:
-            raise COCOError(f"Entry {number} of {kind!r} in {path} lacks {', '.join(lacking)}. Correct it.")
+            raise COCOError(f"Entry {number} of {kind!r} in {path} has no proper {', '.join(lacking)}. Correct it.")
         if entry["id"] in found:
             raise COCOError(f"Id {entry['id']} occurs twice among {kind!r} in {path}. Correct it.")
         found[entry["id"]] = entry
@@ -148,6 +153,7 @@ def _annotation(path: Path, item: Any, images: dict, labels: dict) -> tuple[dict
         x, y, w, h = (float(value) for value in item["bbox"])
         area, crowd = float(item["area"]), bool(item["iscrowd"])
         image, category = item["image_id"], item["category_id"]
+        hash((image, category))  # which of a list there is none
     except (KeyError, TypeError, ValueError) as error:
         raise COCOError(f"{name} lacks one of image, category, box, area and iscrowd ({error}). Correct it.") from error
     if image not in images:

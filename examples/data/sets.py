@@ -45,6 +45,11 @@ def coco_or_digits(root: Path | None, eval_images: int, size: int = 300) -> Data
     root = root or digits_coco.DigitsCOCO().generate(Path("runs/data/digits-coco"))
     train = coco.coco_train(root, digits_augmentation(size) if embedded else ssd_augmentation(size))
     test = coco.coco_val(root, evaluation_transform())
+    if train.classes != test.classes:
+        raise coco.COCOError(
+            f"The categories of train2017 and val2017 under {str(root)!r} differ: {', '.join(train.classes)} and "
+            f"{', '.join(test.classes)}. Give both files the same list 'categories'."
+        )
     return Data(train, first(test, eval_images), test.classes)
 
 

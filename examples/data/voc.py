@@ -58,7 +58,7 @@ class VOCBoxes(Dataset):
     def __init__(self, root, year: str, image_set: str, classes=CLASSES, *, drop_difficult=False, transforms=None):
         try:
             files = VOCDetection(root, year=year, image_set=image_set)
-        except (RuntimeError, FileNotFoundError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise VOCError(f"No VOC{year} {image_set} under {str(root)!r}: {error}. {LAYOUT}") from error
         if not files.images:
             raise VOCError(f"The list of VOC{year} {image_set} under {str(root)!r} is empty. {LAYOUT}")
@@ -104,11 +104,11 @@ def read_annotation(path: str, classes: tuple[str, ...], border: Border) -> dict
     """
     try:
         annotation = VOCDetection.parse_voc_xml(parse(path).getroot())["annotation"]
+        objects = annotation["object"]
     except FileNotFoundError as error:
         raise VOCError(f"Missing annotation {path}. {LAYOUT}") from error
-    except (ParseError, KeyError) as error:
+    except (OSError, ParseError, KeyError, TypeError) as error:
         raise VOCError(f"{path} is no VOC annotation ({error}). Extract it again, or leave it out.") from error
-    objects = annotation["object"]
     if not objects:
         raise VOCError(f"{path} has no object. Leave the image out of its list in ImageSets/Main.")
     try:

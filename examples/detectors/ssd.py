@@ -17,6 +17,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.vgg import VGG, VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
 
 import distributed
+from storage import CheckpointError
 
 # Anchor scales as fractions of 300 px: six maps, and the next larger one for the square between.
 SCALES = {
@@ -177,8 +178,14 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
     trunk: Any = extractor.trunk
     normalised = any(isinstance(m, nn.BatchNorm2d) for m in trunk)
     if vgg is None:
-        made = (vgg16_bn, VGG16_BN_Weights.IMAGENET1K_V1) if normalised else (vgg16, VGG16_Weights.IMAGENET1K_V1)
-        vgg = made[0](weights=made[1])
+        make, weights = (vgg16_bn, VGG16_BN_Weights) if normalised else (vgg16, VGG16_Weights)
+        try:
+            vgg = make(weights=weights.IMAGENET1K_V1)
+        except (OSError, RuntimeError) as error:  # no network, or half a file
+            raise CheckpointError(
+                f"{weights.IMAGENET1K_V1.url} cannot be fetched ({error}). Put it into "
+                f"{torch.hub.get_dir()}/checkpoints yourself, or begin at random with --no-imagenet."
+            ) from error
     ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (trunk, vgg.features))
     for mine, their in zip(ours, theirs, strict=False):  # fc6 and fc7 are left over
         mine.weight.copy_(their.weight)

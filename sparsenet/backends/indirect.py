@@ -138,9 +138,7 @@ class Prepared:
         return out
 
 
-def pool(
-    operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float, out: Tensor | None = None
-) -> Tensor:
+def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float, out: Tensor | None = None) -> Tensor:
     """Pooling of rows (at least `inputs`, C) to rows (n_out, C): the "max" or "sum" over taps.
 
     Args:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.augment import evaluation_transform, ssd_augmentation
 from data.coco import COCOBoxes, COCOError, coco_train, coco_val
+from data.sets import coco_or_digits
 
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]
 
@@ -111,6 +112,8 @@ def test_rounding_at_the_border_is_no_warning(tmp_path):
     [
         (item(category=12), "category 12; known are"),
         (item(category=None), "category None; known are"),
+        (item(category=[13]), "lacks one of"),
+        (item(image=[7]), "lacks one of"),
         (item(image=8), "image 8, which is not in the list"),
         (item(box=(1, 2, 3)), "lacks one of"),
         (item(box=("x", 1, 2, 3)), "'x'"),
@@ -144,11 +147,13 @@ def test_json_that_is_no_instances_file(tmp_path, kind, content):
 @pytest.mark.parametrize(
     ("kind", "entry", "said"),
     [
-        ("images", {"id": 8}, "lacks file_name, height, width"),
-        ("images", {"file_name": "a", "height": 1, "width": 1}, "lacks id"),
-        ("images", 5, "lacks id"),
+        ("images", {"id": 8}, "has no proper file_name, height, width"),
+        ("images", {"file_name": "a", "height": 1, "width": 1}, "has no proper id"),
+        ("images", {"id": [8], "file_name": 5, "height": None, "width": "1"}, "proper id, file_name, height, width"),
+        ("images", 5, "has no proper id"),
         ("images", {"id": 7, "file_name": "a", "height": 1, "width": 1}, "Id 7 occurs twice"),
-        ("categories", {"id": 8}, "lacks name"),
+        ("categories", {"id": 8}, "has no proper name"),
+        ("categories", {"id": None, "name": "unknown"}, "has no proper id"),
         ("categories", {"id": 13, "name": "again"}, "Id 13 occurs twice"),
         ("annotations", 5, "An annotation in"),
     ],
@@ -161,6 +166,14 @@ def test_bad_entry(tmp_path, kind, entry, said):
     with pytest.raises(COCOError, match=said) as error:
         read(tmp_path)
     assert str(path) in str(error.value)
+
+
+def test_splits_of_different_categories(tmp_path):
+    for split in ("train2017", "val2017"):
+        path = write(tmp_path, [item()], split=split)
+    path.write_text(path.read_text().replace("toothbrush", "hair drier"))
+    with pytest.raises(COCOError, match=r"differ: person, stop sign, toothbrush and person, stop sign, hair drier"):
+        coco_or_digits(tmp_path, 0)
 
 
 def test_missing_folders(tmp_path):

@@ -178,7 +178,7 @@ def one_of_two(folder):
         train("selective", folder / "stopped", stop_at=3)
     found["resumed"] = train("selective", folder / "stopped")
     found["evaluated"] = evaluated()
-    for name, attempt in (("not finite", not_finite), ("not divisible", not_divisible)):
+    for name, attempt in (("not finite", not_finite), ("not divisible", not_divisible), ("not shared", not_shared)):
         try:
             attempt(folder)
         except Exception as error:
@@ -195,6 +195,12 @@ def not_finite(folder):
 
     data = batches(Scenes(8), SCHEDULE, seed=0, workers=0)
     fit(model, loss, lambda start: data, SCHEDULE, title="not finite", amp=False, state=folder / "nan.pt")
+
+
+def not_shared(folder):
+    """Each process has a folder of its own, so that only the first finds the state that it wrote."""
+    for _ in range(2):
+        train("in parts", folder / str(distributed.rank()))
 
 
 def not_divisible(folder):
@@ -259,6 +265,7 @@ def test_errors_reach_every_process(found):
     for each in found:
         assert "not finite: the loss is not finite at iteration 0 (sum nan)" in each["not finite"]
         assert "batch of 3 images cannot be divided among 2 processes" in each["not divisible"]
+        assert "in parts.pt is not the same for all processes: choose an --out that all share" in each["not shared"]
 
 
 def test_the_first_process_alone_writes(folder, found):

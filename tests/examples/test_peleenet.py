@@ -171,7 +171,7 @@ def test_another_network_is_refused(tmp_path, change, said):
 @pytest.mark.parametrize("name", ["a.pth.tar", "a.safetensors"])
 def test_missing_or_damaged(tmp_path, name):
     trunk, path = pelee304(4, width=0.125).backbone.trunk, tmp_path / name
-    with pytest.raises(CheckpointError, match="No checkpoint"):
+    with pytest.raises(CheckpointError, match="There is no file"):
         load_trunk(trunk, path)
     whole = written(peleenet(7, width=0.125), path).read_bytes()
     path.write_bytes(whole[:-9])

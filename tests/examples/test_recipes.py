@@ -49,6 +49,7 @@ def test_presets(made, monkeypatch):
         "pelee_voc": (80_000, 100_000, 120_000, 32),
         "pelee_coco": (70_000, 90_000, 100_000, 128),
     }[made.name]
+    assert made.least_images == (2 if made.name.startswith("pelee") else 1)
     torch.manual_seed(0)
     model = made.detector(11, made.demo.width)
     [found] = model.eval()([torch.rand(3, *model.transform.fixed_size)])

@@ -1,6 +1,7 @@
 """SSD300's published figures, and its start from ImageNet weights."""
 
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_imagenet_trunk_computes_what_torchvision_does(batch_norm):
     biases = (trunk.bn_fc6.bias, trunk.bn_fc7.bias) if batch_norm else (trunk.fc6.bias, trunk.fc7.bias)
     for mine, their in zip(biases, (fc6.bias, fc7.bias), strict=True):
         assert torch.equal(mine, their[::4])
+
+
+def test_imagenet_weights_that_cannot_be_fetched(monkeypatch):
+    def offline(weights):
+        raise URLError("no network")
+
+    monkeypatch.setattr("detectors.ssd.vgg16_bn", offline)
+    with pytest.raises(CheckpointError, match=r"vgg16_bn-.*no network.*Put it into .*/checkpoints.*--no-imagenet"):
+        load_imagenet_trunk(VGG16Extractor(width=0.125))
 
 
 @pytest.mark.parametrize("variant", [{"six": True}, {"batch_norm": False}], ids=["six anchors", "no batch norm"])

@@ -1,22 +1,27 @@
 """The recipe from end to end, as small as it gets, and the parts that only it uses."""
 
+import dataclasses
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+import finetune
 import recipe
 import sparsenet
 import ssd_voc
 from data import digits_voc
+from data.voc import VOCError
 from detectors.ssd import ssd300_vgg16_bn
 from evaluation.detector import Evaluation
 from evaluation.speed import compare_speed
 from evaluation.voc_map import Matches
 from report import Comparison, markdown, thinned
 from storage import save_checkpoint
+from training import Schedule, batches
 
 
 def test_recipe(tmp_path, monkeypatch, capsys):
@@ -51,6 +56,10 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         ("--data x", "use --checkpoint or --from-scratch"),
         ("--data x --from-scratch --width 0.5", "add --no-imagenet"),
         ("--dense-only", "goes with"),
+        ("--seeds 1 2 1", "--seeds: one occurs twice"),
+        ("--accumulate 3", "a batch of 16 images cannot be divided among 1 processes in 3 parts each"),
+        ("--iterations 0", "--iterations: 0 is not at least 1"),
+        ("--device quantum", "'quantum' is neither cpu nor cuda"),
     ],
 )
 def test_contradictory_arguments(monkeypatch, capsys, arguments, said):
@@ -58,6 +67,98 @@ def test_contradictory_arguments(monkeypatch, capsys, arguments, said):
     with pytest.raises(SystemExit):
         recipe.parse_arguments(ssd_voc.RECIPE)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--batch-size 3", "a batch of 3 images cannot be divided among 2 processes"),
+        ("--device cuda:0", "each process needs a GPU of its own"),
+    ],
+)
+def test_arguments_of_several_processes(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("sys.argv", ["ssd_voc.py", *arguments.split()])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        recipe.parse_arguments(ssd_voc.RECIPE)
+    assert said in capsys.readouterr().err
+
+
+def test_what_can_be_seen_to_fail_does_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "pretrain", lambda *given: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    small = digits_voc.DigitsVOC(train=2, test=2).generate(tmp_path / "small")
+    monkeypatch.setattr(digits_voc.DigitsVOC, "generate", lambda self, root: small)
+    for arguments, said in (
+        (f"--out {tmp_path}/file", r"CheckpointError: No file can be made in .*another --out"),
+        (f"--out {tmp_path} --at pool9", r"--at pool9, --width 0.25: .*pool9.*Choose another stage"),
+        (f"--out {tmp_path} --width 0.125", r"--width 0.125: no Selective Module .* fits"),
+    ):
+        monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--from-scratch", *arguments.split()])
+        with pytest.raises(SystemExit, match=said):
+            recipe.run(ssd_voc.RECIPE)
+
+
+class Broken(torch.utils.data.Dataset):
+    """One image, that cannot be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_messages_say_what_is_wrong_and_no_more(workers):
+    schedule = Schedule(iterations=1, batch_size=1, lr=1)
+    for error, said in (
+        (VOCError("Cannot decode a.jpg. Extract it again."), "VOCError: Cannot decode a.jpg. Extract it again."),
+        (OSError("no room"), "OSError: no room. Mend that and repeat the command; what was saved is still there."),
+    ):
+        with pytest.raises(SystemExit) as ended, recipe.messages():
+            list(batches(Broken(error), schedule, seed=0, workers=workers))
+        assert ended.value.code == said
+
+
+def test_log_that_cannot_be_written(monkeypatch, capsys):
+    """TensorBoard's thread prints no traceback beside the message."""
+
+    def full():
+        raise OSError("no room")
+
+    with pytest.raises(SystemExit, match="OSError: no room"), recipe.messages():
+        writing = threading.Thread(target=full)
+        writing.start()
+        writing.join()
+        full()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_resumed_run_must_share(tmp_path, monkeypatch):
+    """The phases that a changed option or another start concerns, and no others."""
+    found = {}
+    monkeypatch.setattr(
+        finetune, "fit", lambda *args, title, about, **options: found.setdefault(title, []).append(about)
+    )
+    base = ssd300_vgg16_bn(3, width=0.25)
+    training = ssd_voc.RECIPE.demo.training
+    for changed in ({}, {"workers": 5}, {"missed_pixel": 3.0}):
+        how = dataclasses.replace(training, **changed)
+        finetune.finetune_dense(base, [None], how, 0, tmp_path)
+        finetune.finetune_selective(base, [None], "pool3", how, 0, tmp_path)
+    torch.nn.init.zeros_(base.backbone.trunk.conv1_1.weight)
+    finetune.finetune_dense(base, [None], training, 0, tmp_path)
+    assert set(found) == {"dense, seed 0", "selector, seed 0", "selective, seed 0"}
+    for title, (first, other_workers, other_weight, *other_start) in found.items():
+        assert first == other_workers and first["training images"] == 1
+        assert (first == other_weight) == title.startswith("dense")
+        assert first not in other_start
 
 
 def test_presets(monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from storage import CheckpointError, load_checkpoint, save_checkpoint
+from storage import CheckpointError, ensure_writable, load_checkpoint, save_checkpoint
 from training import Schedule, Shuffled, _suspend, batches, fit
 
 SCHEDULE = Schedule(iterations=8, batch_size=2, lr=0.1, warmup=0.25)
@@ -176,16 +176,17 @@ def test_log(tmp_path):
 
 def test_state_of_another_run_or_damaged(tmp_path):
     state = tmp_path / "a.pt"
-    run(line(), state)
-    content = torch.load(state)
-    torch.save(content | {"run": "something else"}, state)
-    with pytest.raises(CheckpointError, match="another run"):
-        run(line(), state)
-    torch.save(content, state)
-    with pytest.raises(CheckpointError, match=r"(?s)another model or optimizer.*Remove it"):
-        run(nn.Linear(4, 1), state)
+    run(line(), state, about={"missed_pixel": 8.0})
+    before = state.read_bytes()
+    with pytest.raises(CheckpointError, match=r"another run \(missed_pixel 8.0, not 1.0\). Repeat that one, remove"):
+        run(line(), state, about={"missed_pixel": 1.0})
+    with pytest.raises(CheckpointError, match=r"another run \(ema None, not 0.9; missed_pixel 8.0, not None\)"):
+        run(line(), state, ema=0.9)
+    with pytest.raises(CheckpointError, match=r"another model or optimizer \(.*size mismatch for weight.*Remove it"):
+        run(nn.Linear(4, 1), state, about={"missed_pixel": 8.0})
+    assert state.read_bytes() == before
     state.write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="Remove it"):
+    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read \(it has more than tensors in it, or is no file"):
         run(line(), state)
 
 
@@ -236,6 +237,13 @@ def full(descriptor):
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
+        with pytest.raises(CheckpointError, match=r"No file can be made in .*file.*another --store"):
+            ensure_writable(folder, "--store")
+    with largest_file(2**19), pytest.raises(CheckpointError, match=r"File too large"):
+        ensure_writable(tmp_path, "--store")
+    ensure_writable(tmp_path / "new" / "sub", "--store")
+    assert not list((tmp_path / "new" / "sub").iterdir())
     with pytest.raises(CheckpointError, match=r"No file of that name was there before.*another --out"):
         save_checkpoint(line(), tmp_path / "file" / "m.safetensors")
 

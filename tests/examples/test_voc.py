@@ -80,6 +80,13 @@ def test_bad_annotation(tmp_path, content, said):
     assert "broken.xml" in str(error.value)
 
 
+def test_annotation_of_text(tmp_path):
+    base = write(tmp_path, {"a": item()})
+    (base / "Annotations" / "a.xml").write_text("<annotation>text</annotation>")
+    with pytest.raises(VOCError, match=r"a\.xml is no VOC annotation"):
+        read(tmp_path)
+
+
 def test_annotation_without_size(tmp_path):
     base = write(tmp_path, {"a": item()})
     (base / "Annotations" / "a.xml").write_text(f"<annotation>{item()}</annotation>")
@@ -115,10 +122,20 @@ def test_a_split_without_any_object_to_learn(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["JPEGImages/a.jpg", "Annotations/a.xml", "ImageSets/Main/trainval.txt"])
-def test_missing_file(tmp_path, kind):
+def test_missing_file_or_a_folder_in_its_place(tmp_path, kind):
     base = write(tmp_path, {"a": item()})
     (base / kind).unlink()
     with pytest.raises(VOCError, match=kind.split("/")[-1]):
+        read(tmp_path)
+    (base / kind).mkdir()
+    with pytest.raises(VOCError, match=kind.split("/")[-1]):
+        read(tmp_path)
+
+
+def test_list_that_is_no_text(tmp_path):
+    base = write(tmp_path, {"a": item()})
+    (base / "ImageSets" / "Main" / "trainval.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(VOCError, match=r"No VOC2007 trainval under .*can't decode"):
         read(tmp_path)
 
 
