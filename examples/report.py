@@ -84,6 +84,7 @@ def markdown(figures: dict[str, Any]) -> str:
     """A table of `Comparison.figures`, a row per detector."""
     low, high = figures["difference_95"]
     speeds = figures["speed"]
+    cut = f"{-figures['macs_cut']:+.1f} %".replace("-", "−")
     extra = ["AP", "AP50", "AP75"] if "coco" in figures else []
     columns = [f"{what}, {batch}" for batch in speeds for what in ("ms per image", "speed-up")]
     rows = [["", *extra, "mAP, 11-point", "mAP, area", "difference [95 %]", "GMACs", PAPER_LIKE, "active", *columns]]
