@@ -97,8 +97,7 @@ def markdown(figures: dict[str, Any]) -> str:
                 f"{figures['map_11_point'][name]:.1f}",
                 f"{figures['map_area'][name]:.1f}",
                 f"{figures['difference']:+.1f} [{low:+.1f}, {high:+.1f}]" if chosen else "",
-                f"{figures['gmacs'][name]:.3f}"
-                + (f" ({-figures['macs_cut']:+.1f} %)".replace("-", "−") if chosen else ""),
+                f"{figures['gmacs'][name]:.3f}" + (f" ({cut})" if chosen else ""),
                 "" if chosen else f"{figures['paper_like_g']['dense']:.3f}",
                 f"{figures['active']:.1f} %" if chosen else "100 %",
                 *(
