@@ -1,6 +1,6 @@
 """Dense and selective Pelee on Pascal VOC, or on embedded digits.
 
-  python examples/pelee_voc.py --from-scratch               on embedded data
+  python examples/pelee_voc.py                              demonstration on embedded data
   python examples/pelee_voc.py --data ROOT --from-scratch   the paper's experiment on Pascal VOC
 
 For what it does see ssd_voc.py.
@@ -8,6 +8,7 @@ For what it does see ssd_voc.py.
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from data.sets import voc_or_digits
 from detectors.pelee import pelee304
@@ -32,7 +33,7 @@ RECIPE = Recipe(
     least_images=2,
     load=partial(voc_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=DEMO,
+    demo=replace(DEMO, checkpoint=Path(__file__).parent / "checkpoints" / "pelee304_digits.safetensors"),
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=120_000, batch_size=32, lr=0.005, warmup=0.0216, milestones=(2 / 3, 5 / 6))),
 )
