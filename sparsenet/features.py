@@ -46,7 +46,8 @@ RULES: dict[Any, Rule] = {}
 
 
 # The lowest fill where the mask takes gradient, which is of the size of the difference between a pixel's own value and
-# its fill. As a class score it still means never: 5e-5 by softmax or sigmoid.
+# its fill. As a class score it still means never (5e-5 by softmax or sigmoid), and as the logarithm of a box's extent
+# 5e-5 of its anchor's.
 LOWEST_LIVE_FILL = -10.0
 
 
@@ -660,7 +661,7 @@ def enter(dense: Tensor, selection: Selection) -> Features:
 
 def ordinary(features: Tensor) -> Tensor:
     """What a frozen network computes without a mask, as the ordinary map that it is, in channels-last memory."""
-    return features.value if isinstance(features, UnguidedFeatures) else features
+    return features.form.present(features.value) if isinstance(features, UnguidedFeatures) else features
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -329,14 +329,14 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features) and input._work is not None:
-            step = step_of(self, input.dtype)
+            step = _step(self, input.dtype)
             following = None if step is None else input.then(lambda epilogue: epilogue.activated(*step))
             if following is not None:
                 return input.becomes(following) if getattr(self, "inplace", False) else following
         return super().forward(input)
 
 
-def step_of(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
     match module:
         case nn.ReLU():
             return "clamp", 0.0, math.inf
@@ -421,7 +421,7 @@ def _absorbs(features: Any, module: Any) -> bool:
             module.eps,
         )
     elif isinstance(module, _Activation):
-        step = step_of(module, features.dtype)
+        step = _step(module, features.dtype)
         epilogue = None if step is None else work.epilogue.activated(*step)
     else:
         return False

@@ -117,3 +117,37 @@ def test_what_kernels_do_not_compute_is_left_as_it_was() -> None:
 def test_no_image_gives_no_logit() -> None:
     _, frozen = made("all", torch.float32)
     assert frozen(torch.randn(0, 12, 9, 8)).shape == (0, 1, 9, 8)
+
+
+@torch.no_grad()
+def test_what_replaced_its_parts_is_computed_too() -> None:
+    module = copy.deepcopy(made("all", torch.float32)[0])
+    features = torch.randn(2, 12, 9, 8)
+    module.head[1] = nn.SyncBatchNorm.convert_sync_batchnorm(module.head[1])
+    module.down[2] = nn.ELU()
+    compare(sparsenet.freeze(module, features)(features), module, features)
+
+
+@torch.no_grad()
+def test_what_it_cannot_read_is_refused_as_ever() -> None:
+    _, frozen = made("all", torch.float32)
+    for features in (torch.randn(1, 11, 9, 8), torch.randn(11, 9, 8)):
+        with pytest.raises(RuntimeError, match="channels"):
+            frozen(features)
+
+
+@torch.no_grad()
+def test_inside_another_selector_it_reads_what_that_gives() -> None:
+    """A padded map, which waits for its reader, is not yet the ordinary map that it is of."""
+    torch.manual_seed(0)
+    branch = made("all", torch.float32)[0]
+    outer = nn.Sequential(nn.ZeroPad2d(2), copy.deepcopy(branch), nn.ZeroPad2d(-2))
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(12, 4, 3, padding=1)).eval()
+    image = torch.randn(2, 3, 40, 44)
+    selective = sparsenet.selectify(model, "pool1", selector=outer, example_inputs=image).eval()
+    frozen = sparsenet.freeze(selective, image)
+    with sparsenet.record(selective) as expected, sparsenet.record(frozen) as watched:
+        selective(image)
+        frozen(image)
+    assert torch.equal(watched.masks[20, 22], expected.masks[20, 22])
+    torch.testing.assert_close(frozen(image), selective(image))
