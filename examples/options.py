@@ -8,19 +8,24 @@ import torch
 
 
 def number(
-    kind: Callable[[str], float], *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+    kind: type[int] | type[float],
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
 ) -> Callable[[str], float]:
-    """A finite number, `int` or `float`, within bounds, of which `above` itself is out."""
-    bounds = [f"at least {least}"] * (least > -math.inf) + [f"above {above}"] * (above > -math.inf)
-    bounds += [f"at most {most}"] * (most < math.inf)
+    """A finite number within bounds, of which `above` and `below` themselves are out."""
+    lower = [f"at least {least}"] * (least > -math.inf) + [f"above {above}"] * (above > -math.inf)
+    bounds = [*lower, *[f"at most {most}"] * (most < math.inf), *[f"below {below}"] * (below < math.inf)]
 
     def read(text: str) -> float:
         value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most and value > above):
-            raise ArgumentTypeError(f"{text} is not {' and '.join(bounds)}")
+        if not (math.isfinite(value) and least <= value <= most and above < value < below):
+            raise ArgumentTypeError(f"{text} is no finite number {' and '.join(bounds)}")
         return value
 
-    read.__name__ = getattr(kind, "__name__", "number")  # argparse says it of text that is none
+    read.__name__ = kind.__name__  # argparse says it of text that is none
     return read
 
 
@@ -29,6 +34,7 @@ NATURAL = number(int, least=0)
 POSITIVE = number(float, above=0)
 SHARE = number(float, above=0, most=1)  # of nothing would be none
 PART = number(float, least=0, most=1)
+DECAY = number(float, above=0, below=1)  # by 1 an average would stay what it was
 
 
 def device(text: str) -> str:

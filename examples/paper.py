@@ -40,7 +40,7 @@ from figures import draw_curves, draw_seen
 from finetune import Training
 from memory import keep_freed_memory
 from options import COUNT, NATURAL, POSITIVE, device
-from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision
+from recipe import DEMO_TRAINING, Recipe, add_training, messages, precision, undividable
 from report import PAPER_LIKE, origin, table, write_json
 from storage import ensure_writable, load_checkpoint, replacing
 
@@ -263,6 +263,8 @@ def prepare(recipe: Recipe, args) -> tuple[Bench, Training]:
     if args.scratch_iterations:
         scratch = replace(scratch, iterations=args.scratch_iterations)
 
+    if reason := undividable(recipe, replace(training, supervision="indirect")):  # which divides all
+        raise SystemExit(reason)
     data = recipe.load(args.data, args.eval_images)
     torch.manual_seed(0)
     base = recipe.detector(1 + len(data.classes), width).to(args.device)
@@ -377,7 +379,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--repeats", type=COUNT, default=15, help="of timing, for fig6 (%(default)s)")
     add("--scratch-iterations", type=COUNT, help="of the dense detector, where no checkpoint is there")
-    add("--iterations", type=COUNT, help="of fine-tuning (120; with --data 120000)")
+    add("--iterations", type=COUNT, help="of fine-tuning (those of the recipe)")
     add("--selector-iterations", type=COUNT, help="of the selector alone, before (1000, or 120 by the detector's loss)")
     add("--eval-images", type=NATURAL, default=0, help="evaluate the first so many test images, 0: all (%(default)s)")
     add("--out", type=Path, default=Path("docs/results"), help="folder of tables and pictures (%(default)s)")

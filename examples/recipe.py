@@ -25,7 +25,7 @@ from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
 from finetune import BY_TASK, SUPERVISIONS, Training, finetune_dense, finetune_selective, made_selective, train_dense
 from memory import keep_freed_memory
-from options import COUNT, NATURAL, PART, POSITIVE, SHARE, device
+from options import COUNT, DECAY, NATURAL, PART, POSITIVE, SHARE, device
 from report import Comparison, coco_percent, markdown, origin, thinned, write_json
 from storage import CheckpointError, ensure_writable, load_checkpoint, replacing, save_checkpoint
 from training import NotFiniteError, Schedule
@@ -110,7 +110,6 @@ def run(recipe: Recipe) -> None:
 @contextmanager
 def messages() -> Iterator[None]:
     """Errors that the user can mend end the command with what they say, without the way that the program came."""
-
     before = threading.excepthook
 
     def in_another_thread(found: threading.ExceptHookArgs) -> None:
@@ -122,9 +121,11 @@ def messages() -> Iterator[None]:
         yield
     except (CheckpointError, COCOError, NotFiniteError, VOCError, OSError) as error:
         kind = type(error).__name__
-        said = str(error).rpartition(f"{kind}: ")[2].strip()  # of a worker's error, the message has its whole traceback
-        way = ". Mend that and repeat the command; what was saved is still there." * isinstance(error, OSError)
-        raise SystemExit(f"{kind}: {said}{way}") from error
+        said = (
+            str(error).rpartition(f"{kind}: ")[2].strip().rstrip(".")
+        )  # of a worker's error, the message has its whole traceback
+        way = " Mend that and repeat the command; what was saved is still there." * isinstance(error, OSError)
+        raise SystemExit(f"{kind}: {said}.{way}") from error
     finally:
         threading.excepthook = before
 
@@ -258,7 +259,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="precision of training; auto: bfloat16 where the processor has units for it (%(default)s)")
     add("--accumulate", type=COUNT, default=1, metavar="PARTS", help="divide each batch into so many "
         "parts, computed one after the other, to take less memory (%(default)s)")
-    add("--ema", type=SHARE, metavar="DECAY", help="leave the moving average of a detector's weights, "
+    add("--ema", type=DECAY, metavar="DECAY", help="leave the moving average of a detector's weights, "
         "such as 0.999, not the last ones")
 
 
@@ -350,15 +351,8 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         amp=precision(args.amp, args.device),
     )
     args.scratch = given(scratch, iterations=args.scratch_iterations, batch_size=size, lr=args.scratch_lr)
-    divided = [args.training.finetune] + [args.training.selector] * (args.supervision in BY_TASK)
-    for images in (schedule.batch_size for schedule in divided):
-        part, rest = divmod(images, args.accumulate * distributed.launched())
-        if rest or part * distributed.launched() < recipe.least_images:
-            parser.error(
-                f"a batch of {images} images cannot be divided among {distributed.launched()} processes in "
-                f"{args.accumulate} parts each, of {recipe.least_images} images at least in all: choose another "
-                "--batch-size"
-            )
+    if reason := undividable(recipe, args.training):
+        parser.error(reason)
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds: one occurs twice")
     if distributed.launched() > 1 and args.device.startswith("cuda:"):
@@ -373,6 +367,21 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     if not args.from_scratch and args.checkpoint is None:
         parser.error("no dense checkpoint for this comes with the recipe: use --checkpoint or --from-scratch")
     return args
+
+
+def undividable(recipe: Recipe, training: Training) -> str | None:
+    """Why its batches cannot be divided among the processes and into parts, or `None`."""
+    processes, parts = distributed.launched(), training.accumulate
+    of_selector = parts if training.supervision in BY_TASK else 1
+    batches = [(training.finetune, parts, recipe.least_images), (training.selector, of_selector, 1)]
+    for schedule, each, least in batches:
+        images, rest = divmod(schedule.batch_size, each * processes)
+        if rest or images * processes < least:
+            return (
+                f"a batch of {schedule.batch_size} images cannot be divided among {processes} processes in {each} "
+                f"parts each, of {least} images at least in all: choose another --batch-size or --accumulate"
+            )
+    return None
 
 
 def given(settings: Any, **values) -> Any:

@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -555,6 +556,22 @@ def test_direct_training_learns_where_objects_are(original: SSD) -> None:
     assert (rec.masks[75, 75][0] == wanted).double().mean() > 0.9
 
 
+def test_heads_results_leave_the_region_in_sight(model: Any) -> None:
+    """They leave by a way of their own, unless that is to be told or forbidden."""
+    images, _ = images_and_targets()
+    run = given(model.eval(), masks())
+    with torch.no_grad():
+        expected = run(images, None)
+        with sparsenet.record(model) as rec:
+            assert_same(run(images, None), expected, rounds=0)
+        left = [operation.size for operation in rec.operations if operation.status == "exit"]
+        assert sorted(set(left)) == sorted({step.operation.size for step in sparsenet.plan(model).exits})
+        assert len(left) >= 12
+        model.selector.options = replace(model.selector.options, strict=True)
+        with pytest.raises(RuntimeError, match="leaves the guided region"):
+            run(images, None)
+
+
 # -- copies ----------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +585,7 @@ def test_copies_are_independent(model: Any, copied: Any) -> None:
     expected = run(images, targets)
     twin = copied(model)
     assert twin.compute_loss.model is twin
+    assert all(head.forward.head is head for head in (twin.head.classification_head, twin.head.regression_head))
     assert_same(given(twin, masks())(images, targets), expected, rounds=0)
     twin.neg_to_pos_ratio = 1.0
     fewer = given(twin, masks())(images, targets)["classification"]
@@ -577,7 +595,7 @@ def test_copies_are_independent(model: Any, copied: Any) -> None:
         nn.init.zeros_(parameter)
     assert_same(run(images, targets), expected, rounds=0)
     sparsenet.densify(twin)
-    assert "compute_loss" not in vars(twin)
+    assert "compute_loss" not in vars(twin) and "forward" not in vars(twin.head.classification_head)
     assert_same(run(images, targets), expected, rounds=0)
 
 

@@ -11,10 +11,15 @@ import options
 @pytest.mark.parametrize(
     ("kind", "taken", "refused"),
     [
-        (options.COUNT, {"1": 1, "12": 12}, {"0": "0 is not at least 1", "-3": "at least 1"}),
+        (options.COUNT, {"1": 1, "12": 12}, {"0": "0 is no finite number at least 1", "-3": "at least 1"}),
         (options.NATURAL, {"0": 0}, {"-1": "at least 0"}),
         (options.POSITIVE, {"1e-3": 0.001}, {"0": "above 0", "-1": "above 0", "nan": "above 0", "inf": "above 0"}),
-        (options.SHARE, {"1": 1.0, "0.3": 0.3}, {"0": "0 is not above 0 and at most 1", "1.5": "at most 1"}),
+        (
+            options.SHARE,
+            {"1": 1.0, "0.3": 0.3},
+            {"0": "0 is no finite number above 0", "1.5": "at most 1"},
+        ),
+        (options.DECAY, {"0.999": 0.999}, {"0": "above 0 and below 1", "1": "below 1"}),
         (options.PART, {"0": 0.0, "1": 1.0}, {"-0.1": "at least 0 and at most 1", "2": "at most 1"}),
     ],
 )

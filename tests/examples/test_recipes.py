@@ -11,6 +11,7 @@ import recipe
 import ssd_coco
 import ssd_voc
 from data import digits_coco
+from storage import load_checkpoint
 
 RECIPES = [module.RECIPE for module in (ssd_voc, ssd_coco, pelee_voc, pelee_coco)]
 
@@ -52,5 +53,7 @@ def test_presets(made, monkeypatch):
     assert made.least_images == (2 if made.name.startswith("pelee") else 1)
     torch.manual_seed(0)
     model = made.detector(11, made.demo.width)
+    if made.demo.checkpoint:  # that comes along
+        load_checkpoint(model, made.demo.checkpoint)
     [found] = model.eval()([torch.rand(3, *model.transform.fixed_size)])
     assert {"boxes", "labels", "scores"} <= set(found)
