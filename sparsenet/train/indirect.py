@@ -18,7 +18,8 @@ from sparsenet.train.passes import Passes
 @dataclass(frozen=True)
 class Indirect:
     """The mask multiplies what is read, and the task's loss alone teaches it, through the guided layers next to the
-    heads; the others read through the mask as a constant (SCN, arXiv 2002.01205, indirect supervision).
+    heads; the others read through the mask as a constant (SCN, arXiv 2002.01205, indirect supervision). At an ignored
+    pixel a detector's head says what it says at test, but no number below -10.
 
     Attributes:
         layers: "heads", as in the paper, where the model's family says which layers are next to its heads (all, where
