@@ -21,7 +21,7 @@ ORDER = (
     {"selection", "work", "context", "features", "rules"},
     {"selector"},
     {"masked_conv", "masked_norm", "record", "stage", "plan", "hooks", "surgery", "train"},
-    {"frozen_layer", "strips", "frozen_modules", "freeze", "cuda_graph", "traced", "profile"},
+    {"frozen_layer", "strips", "frozen_modules", "frozen_branch", "freeze", "cuda_graph", "traced", "profile"},
     {"coverage", "engines"},
     {"bench", "sweep", "device_sweep"},
     {"cli", "__main__"},

@@ -242,8 +242,8 @@ def test_every_parameter_of_the_selector_learns(how):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_an_ignored_pixel_can_return_once_the_heads_have_biases(biased):
-    """Of it a 1x1 head gives its bias alone: the mask learns nothing of a zero."""
+def test_an_ignored_pixel_can_return(biased):
+    """Of it a 1x1 head gives its bias alone, which may be zero; what it would say of an ignored pixel is another thing."""
     dense = pelee304(4, width=0.125)
     if biased:
         with_head_biases(dense)
@@ -260,4 +260,4 @@ def test_an_ignored_pixel_can_return_once_the_heads_have_biases(biased):
     assert all(rec.density[grid, grid] == 0 for grid in (38, 19, 10, 5))
     sum(losses.values()).backward()
     for name, parameter in model.selector.named_parameters():
-        assert bool(parameter.grad.any()) == biased, name
+        assert parameter.grad.any(), name

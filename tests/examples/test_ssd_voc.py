@@ -58,7 +58,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         ("--dense-only", "goes with"),
         ("--seeds 1 2 1", "--seeds: one occurs twice"),
         ("--accumulate 3", "a batch of 16 images cannot be divided among 1 processes in 3 parts each"),
-        ("--iterations 0", "--iterations: 0 is not at least 1"),
+        ("--iterations 0", "--iterations: 0 is no finite number at least 1"),
         ("--device quantum", "'quantum' is neither cpu nor cuda"),
     ],
 )
