@@ -243,7 +243,7 @@ def test_every_parameter_of_the_selector_learns(how):
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_an_ignored_pixel_can_return(biased):
-    """Of it a 1x1 head gives its bias alone, which may be zero; what it would say of an ignored pixel is another thing."""
+    """Of it a 1x1 head gives its bias alone, which may be zero; what it says of an ignored one is another thing."""
     dense = pelee304(4, width=0.125)
     if biased:
         with_head_biases(dense)
