@@ -121,9 +121,8 @@ def messages() -> Iterator[None]:
         yield
     except (CheckpointError, COCOError, NotFiniteError, VOCError, OSError) as error:
         kind = type(error).__name__
-        said = (
-            str(error).rpartition(f"{kind}: ")[2].strip().rstrip(".")
-        )  # of a worker's error, the message has its whole traceback
+        # Of a worker's error, the message has its whole traceback.
+        said = str(error).rpartition(f"{kind}: ")[2].strip().rstrip(".")
         way = " Mend that and repeat the command; what was saved is still there." * isinstance(error, OSError)
         raise SystemExit(f"{kind}: {said}.{way}") from error
     finally:

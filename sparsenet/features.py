@@ -535,9 +535,9 @@ class MaskedFeatures(Features):
 
     def _filled(self, fill: Tensor) -> Tensor:
         fill = fill[:, None, None].to(self.value)
-        if not self.selection.live:
-            return torch.where(self.selection.mask(self.grid), self.value, fill)
-        fill, gate = fill.clamp(min=LOWEST_LIVE_FILL), self.gate
+        gate = self.gate
+        if self.selection.live:
+            fill = fill.clamp(min=LOWEST_LIVE_FILL)
         if gate is None:
             return torch.where(self.selection.mask(self.grid), self.value, fill)
         gate = gate.to(self.value.dtype)
