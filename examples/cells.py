@@ -120,7 +120,7 @@ class Bench:
             with replacing(matches) as temporary, open(temporary, "wb") as file:
                 np.savez_compressed(file, **vars(found.matches))
             eleven, area = mean_average_precision(found.matches)
-            write_json(figures, origin() | cell.settings() | {
+            write_json(figures, origin(self.base) | cell.settings() | {
                 "seen": self.seen,
                 "minutes": round(minutes, 2),
                 "test_images": len(found.matches.positives),

@@ -6,7 +6,9 @@
 For what it does see ssd_voc.py.
 """
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from data.sets import coco_or_digits
 from detectors.pelee import pelee304
@@ -23,7 +25,7 @@ RECIPE = Recipe(
     least_images=2,
     load=partial(coco_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=DEMO,
+    demo=replace(DEMO, checkpoint=Path(__file__).parent / "checkpoints" / "pelee304_digits_coco.safetensors"),
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=100_000, batch_size=128, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )

@@ -182,7 +182,7 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
         "amp": str(args.training.half),
         "minutes": round((time.perf_counter() - began) / 60, 1),
     }
-    write_json(args.out / "result.json", origin() | settings | figures)
+    write_json(args.out / "result.json", origin(selective) | settings | figures)
     draw_seen([look(selective, test[i][0], classes) for i in range(min(5, len(test)))], args.out / "selection.png")
     for file in args.out.glob("*.resume.pt"):
         file.unlink()
@@ -225,7 +225,7 @@ def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], 
         "coco": coco_percent(found.coco) if found.coco else None,
         "loss": thinned(losses),
     }
-    write_json(args.out / "dense_from_scratch.json", origin() | log)
+    write_json(args.out / "dense_from_scratch.json", origin(model) | log)
     print(f"dense: mAP {100 * eleven:.1f} (11-point), {100 * area:.1f} (area) after {minutes:.1f} minutes")
 
 

@@ -10,6 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from torch import nn
 
 from evaluation.coco_ap import COCOAP
 from evaluation.detector import Evaluation
@@ -118,12 +119,15 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def origin() -> dict[str, Any]:
-    """What a log needs so that its run can be repeated: the command, and what it ran on."""
+def origin(model: nn.Module | None = None) -> dict[str, Any]:
+    """What a log needs so that its run can be repeated: the command, and what it ran on; of a `model`, that is where
+    it is."""
+    device = torch.device("cpu") if model is None else next(model.parameters()).device
     return {
         "command": " ".join(["python", "examples/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
 
