@@ -66,10 +66,12 @@ class Cell:
     def _trained(self) -> dict[str, Any]:
         settings = self.settings()
         del settings["masks"]
-        if self.reduction is None:  # so that a cell is called as before there were any
+        if self.reduction is None:  # so that a cell is called as before there were any; and so with `macs`
             del settings["reduction"]
         for irrelevant in ("workers", "amp"):
             del settings["training"][irrelevant]
+        if self.training.macs is None:
+            del settings["training"]["macs"]
         if self.at is None:  # what the dense detector never sees
             settings["training"] = {name: settings["training"][name] for name in ("finetune", "accumulate", "ema")}
         return settings

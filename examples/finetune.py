@@ -24,7 +24,7 @@ SUPERVISIONS = {
     "direct": "boxes are the target of the saliency (the paper's)",
     "indirect": "the detector's loss alone, through the layers next to the heads (the paper's)",
     "indirect-soft": "the same, multiplying by probabilities in training",
-    "gumbel": "the detector's loss, masks drawn by their probabilities, with a budget on the density",
+    "gumbel": "the detector's loss, masks drawn by their probabilities, with a budget on the density or the MACs",
     "distilled": "the pixels that matter most to the dense detector's loss are the target",
     "capacity": "as direct, with equally many active pixels in every image",
 }
@@ -42,6 +42,7 @@ class Training:
         selector_by_task: iterations of the branch alone where the detector's loss teaches it, on the frozen detector.
         supervision: one of `SUPERVISIONS`.
         density: target of "gumbel", "distilled" and "capacity", active share at the stage.
+        macs: target of "gumbel" in its place: share of the dense detector's multiply-accumulates.
         mask_warmup: share of the fine-tuning in which true boxes are active, predicted or not.
         missed_pixel: what a missed pixel counts in the mask's loss against a wasted one; 1 in the paper.
         size_balance: from 0, every missed pixel counts alike (the paper), to 1, every missed object does.
@@ -57,6 +58,7 @@ class Training:
     selector_by_task: int
     supervision: str = "direct"
     density: float = 0.3
+    macs: float | None = None
     mask_warmup: float = 0.0
     missed_pixel: float = 1.0
     size_balance: float = 0.0
@@ -76,7 +78,7 @@ class Training:
 
     def of_the_mask(self) -> dict[str, Any]:
         """What the mask's training depends on beside the schedule of fine-tuning."""
-        names = ("supervision", "density", "missed_pixel", "size_balance", "mask_warmup", "selector_batches")
+        names = ("supervision", "density", "macs", "missed_pixel", "size_balance", "mask_warmup", "selector_batches")
         schedules = {"selector_schedule": self.selector, "selector_iterations_by_task": self.selector_by_task}
         return {name: getattr(self, name) for name in names} | schedules
 
@@ -203,13 +205,24 @@ def made_selective(base: nn.Module, at: str, training: Training, switches: dict[
     return sparsenet.selectify(base, at, selector=selector, example_inputs=example, capacity=training.capacity)
 
 
+def budget(selective: nn.Module, training: Training) -> Budget | None:
+    """What the masks may cost, where a budget teaches them.
+
+    Raises:
+        ValueError: for a target that no mask reaches.
+    """
+    if training.supervision != "gumbel":
+        return None
+    return Budget(selective, **({"density": training.density} if training.macs is None else {"macs": training.macs}))
+
+
 class _Teaching:
     """What supervises the mask of one detector."""
 
     def __init__(self, selective: nn.Module, base: nn.Module, at: str, training: Training):
         self.selective = selective
         self.training = training
-        self.budget = Budget(selective, density=training.density) if training.supervision == "gumbel" else None
+        self.budget = budget(selective, training)
         self.teacher: nn.Module | None = None
         if training.supervision == "distilled":
             self.stage = sparsenet.plan(selective).stage

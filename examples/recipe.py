@@ -23,7 +23,16 @@ from evaluation.paper_like import paper_like_operations
 from evaluation.speed import compare_speed
 from evaluation.voc_map import mean_average_precision
 from figures import draw_seen
-from finetune import BY_TASK, SUPERVISIONS, Training, finetune_dense, finetune_selective, made_selective, train_dense
+from finetune import (
+    BY_TASK,
+    SUPERVISIONS,
+    Training,
+    budget,
+    finetune_dense,
+    finetune_selective,
+    made_selective,
+    train_dense,
+)
 from memory import keep_freed_memory
 from options import COUNT, DECAY, NATURAL, PART, POSITIVE, SHARE, device
 from report import Comparison, coco_percent, markdown, origin, thinned, write_json
@@ -192,10 +201,11 @@ def compare(recipe: Recipe, args: argparse.Namespace) -> None:
 def check_stage(base: Any, args: argparse.Namespace) -> None:
     """See that the detector can be made selective as asked, before hours of training, not after."""
     try:
-        made_selective(base, args.at, args.training)
+        budget(made_selective(base, args.at, args.training), args.training)
     except (RuntimeError, ValueError) as error:
         said = str(error).rstrip(".")
-        raise SystemExit(f"--at {args.at}, --width {args.width}: {said}. Choose another stage or width.") from error
+        asked = f"--at {args.at}, --width {args.width}" + (f", --macs {args.macs}" if args.macs else "")
+        raise SystemExit(f"{asked}: {said}. Choose another stage or width.") from error
 
 
 def pretrain(model: Any, train: Dataset, test: Dataset, classes: Sequence[str], args) -> None:
@@ -311,6 +321,7 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
     add("--supervision", choices=SUPERVISIONS, default="direct", help="of the mask: "
         + "; ".join(f"{name}: {text}" for name, text in SUPERVISIONS.items()) + " (%(default)s)")
     add("--density", type=SHARE, help="active share of pixels that gumbel, distilled and capacity aim at (0.3)")
+    add("--macs", type=SHARE, help="share of the dense detector's multiply-accumulates that gumbel aims at instead")
     add("--seeds", "--seed", type=NATURAL, nargs="+", default=[0],
         help="fine-tune both once per seed (%(default)s)")
     add("--eval-images", type=NATURAL, help="evaluate the first so many test images, 0: all "
@@ -341,6 +352,7 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         selector_by_task=args.selector_iterations,
         supervision=args.supervision,
         density=args.density,
+        macs=args.macs,
         mask_warmup=args.mask_warmup,
         missed_pixel=args.missed_pixel,
         size_balance=args.size_balance,
@@ -354,6 +366,8 @@ def parse_arguments(recipe: Recipe) -> argparse.Namespace:
         parser.error(reason)
     if len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds: one occurs twice")
+    if args.macs and args.supervision != "gumbel":
+        parser.error("--macs goes with --supervision gumbel")
     if distributed.launched() > 1 and args.device.startswith("cuda:"):
         parser.error(f"each process needs a GPU of its own, not {args.device}: give --device cuda")
     args.trunk = args.trunk if recipe.trunk else None

@@ -28,8 +28,9 @@ TITLES = {
     "imitation": "mask-guided distillation",
     "resolution": "resolution reduction",
 }
-BEYOND = ("gumbel", "distilled", "capacity")
+BEYOND = ("distilled", "capacity")
 DENSITIES = (0.2, 0.3, 0.45)
+SHARES = (0.4, 0.5, 0.65)  # of the MACs
 BATCHES = (1, 8)
 
 
@@ -45,6 +46,8 @@ def curves(training: Training, favoured: Training, seed: int) -> dict[str, list[
         taught = replace(training, supervision=how)
         found[f"SCN, {how}"] = [Cell(taught, seed, at) for at in ("pool3", "pool2")]
     found["SCN, direct, missed pixels weigh more"] = [Cell(favoured, seed, at) for at in ("pool3", "pool2")]
+    drawn = replace(favoured, supervision="gumbel")
+    found["SCN, gumbel"] = [Cell(replace(drawn, macs=share), seed, "pool2") for share in reversed(SHARES)]
     for how in BEYOND:
         aimed = [replace(favoured, supervision=how, density=density) for density in reversed(DENSITIES)]
         found[f"SCN, {how}"] = [Cell(each, seed, "pool2") for each in aimed]

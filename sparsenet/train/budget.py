@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
 
 from sparsenet.macs import MacCounter
 from sparsenet.record import selector_of
@@ -12,6 +13,8 @@ from sparsenet.selector import Selector
 from sparsenet.selector.levels import LearnedLevels
 from sparsenet.sites import Pair
 from sparsenet.surgery import quietly
+
+NEAR = 0.1  # the excess from which the penalty is a line
 
 
 class Budget(nn.Module):
@@ -32,8 +35,9 @@ class Budget(nn.Module):
         density: target of the active share of pixels at the stage, over the batch.
         macs: target of the multiply-accumulates as a share of the dense network's, the selector's included. By the
             sizes of maps in the dry run; on inputs of another size, by sizes of the same proportion.
-        penalty: weight of the squared excess.
-        rate: what the multiplier grows by in a step, as a share of penalty × excess.
+        penalty: weight of half the squared excess; beyond an excess of 0.1 it goes on as a line (Huber's loss), so that
+            a start far away neither drowns the task nor has the multiplier overshoot.
+        rate: what the multiplier grows by in a step, as a share of the penalty's slope.
 
     Raises:
         ValueError: for not exactly one target, one outside 0 … 1, and MACs that no mask reaches.
@@ -47,7 +51,7 @@ class Budget(nn.Module):
         *,
         density: float | None = None,
         macs: float | None = None,
-        penalty: float = 2.0,
+        penalty: float = 50.0,
         rate: float = 0.02,
     ):
         super().__init__()
@@ -94,10 +98,10 @@ class Budget(nn.Module):
         excess = self.cost(levels) - self.target
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             excess = all_reduce(excess) / torch.distributed.get_world_size()
-        loss = self.multiplier * excess + self.penalty / 2 * excess.square()
+        loss = self.multiplier * excess + self.penalty * F.huber_loss(excess, torch.zeros_like(excess), delta=NEAR)
         if self.training:
             with torch.no_grad():  # a new tensor: the graph of the loss holds the old one
-                self.multiplier = self.multiplier + self.rate * self.penalty * excess.detach()
+                self.multiplier = self.multiplier + self.rate * self.penalty * excess.detach().clamp(-NEAR, NEAR)
         return loss
 
 

@@ -56,6 +56,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         ("--data x", "use --checkpoint or --from-scratch"),
         ("--data x --from-scratch --width 0.5", "add --no-imagenet"),
         ("--dense-only", "goes with"),
+        ("--macs 0.5", "goes with --supervision gumbel"),
         ("--seeds 1 2 1", "--seeds: one occurs twice"),
         ("--accumulate 3", "a batch of 16 images cannot be divided among 1 processes in 3 parts each"),
         ("--iterations 0", "--iterations: 0 is no finite number at least 1"),
@@ -94,6 +95,7 @@ def test_what_can_be_seen_to_fail_does_before_the_training(tmp_path, monkeypatch
     for arguments, said in (
         (f"--out {tmp_path}/file", r"CheckpointError: No file can be made in .*another --out"),
         (f"--out {tmp_path} --at pool9", r"--at pool9, --width 0.25: .*pool9.*Choose another stage"),
+        (f"--out {tmp_path} --supervision gumbel --macs 0.01", r"--macs 0.01: .*out of reach.*Choose another stage"),
         (f"--out {tmp_path} --width 0.125", r"--width 0.125: no Selective Module .* fits"),
     ):
         monkeypatch.setattr("sys.argv", ["ssd_voc.py", "--from-scratch", *arguments.split()])
