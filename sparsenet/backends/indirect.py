@@ -29,6 +29,14 @@ ALONE = 1 << 18
 # of its sites, whose rows it so reads from memory once.
 WEIGHTS = 1 << 18
 
+# Pieces of a thread where weights are more: fewer would not end together, and with more of them each core would bring
+# near the weights that another one has.
+PIECES = 4
+
+# Bytes of a panel's weights up to which the thread's next panel is brought near meanwhile (512 to 2048 channels at 106
+# sites: 0.97 ms without, 0.73 with). Two of them have to fit a core's own cache.
+AHEAD = 1 << 20
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -206,7 +214,12 @@ class _Kernel:
         # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
         work = max(1, weights.numel() // self.panels * self.together)
         threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
-        share = min(PIECE // work, -(-sites // (2 * threads)))
+        if self.together < self.panels:
+            share = -(-sites // max(1, PIECES * threads // self.panels))
+        else:
+            share = min(PIECE // work, -(-sites // (2 * threads)))
+        panel = weights.numel() // self.panels
+        near = self.together < self.panels and share >= sites and panel * weights.itemsize <= AHEAD
         length = rows.shape[1] + self.width
         nothing = constant(length, 0.0, self.dtype)  # these two are held while it runs
         beyond = nothing if outside == 0 else constant(length, outside, self.dtype)
@@ -233,6 +246,7 @@ class _Kernel:
                 self.together,
                 inputs,
                 0,
+                panel * threads if near else 0,
                 *bounds,
             ),
             threads,

@@ -24,6 +24,8 @@ FIELDS = (
     *("sites", "taps", "channels", "row_stride", "out_stride", "outputs"),
     # Panels of all groups and of one, output sites and panels of a piece, input rows, and pieces taken so far.
     *("panels", "group_panels", "piece_sites", "piece_panels", "inputs", "taken"),
+    # Elements from a panel's weights to those that are brought near meanwhile, or 0.
+    "ahead",
     # The activation's parameters, float64.
     *("low", "high"),
 )
@@ -71,6 +73,10 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
     unrolled = 4
     most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
     panel_size = build.mul(build.mul(taps, channels), kernel.integer(width))
+    # Each step brings near a line of the next weights, so that all are there after so many tiles.
+    line, ahead = 64 // dtype.itemsize, kernel.field("ahead")
+    tiles_ahead = kernel.integer(unrolled * width // line)
+    lines_of_tile = build.mul(build.mul(taps, build.sdiv(most, kernel.integer(unrolled))), kernel.integer(line))
     site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
 
     # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
@@ -84,27 +90,32 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
             begin = kernel.at(weights, build.mul(panel, panel_size))
             offset = build.mul(group, channels)
             start = build.add(first, tiles.index)
+            turn = build.sdiv(tiles.index, kernel.integer(sites_at_once))
+            away = build.add(ahead, build.mul(turn, lines_of_tile))
+            wanted = build.select(build.icmp_signed("<", turn, tiles_ahead), ahead, kernel.integer(0))
+            coming = kernel.at(begin, build.select(build.icmp_signed(">", wanted, kernel.integer(0)), away, wanted))
             # Beyond the last site, the last one is computed again.
             targets = [kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)]
             reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
-            with kernel.loop(taps, [*[kernel.zero] * (sites_at_once * vectors), begin]) as over_taps:
+            with kernel.loop(taps, [*[kernel.zero] * (sites_at_once * vectors), begin, coming]) as over_taps:
                 pointers = []
                 for read in reads:
                     row = build.sext(build.load(kernel.at(read, over_taps.index)), kernel.index_type)
                     there = kernel.at(rows, build.mul(row, row_stride), offset)
                     pointers.append(build.select(build.icmp_signed("<", row, inputs), there, zeros))
                 with kernel.loop(most, over_taps.values, step=unrolled) as inner:
-                    *sums, weight = inner.values
+                    *sums, weight, coming = inner.values
+                    kernel.prefetch(coming)
                     for each in range(unrolled):
                         channel = build.add(inner.index, kernel.integer(each))
                         sums = multiplied(kernel, pointers, channel, kernel.at(weight, each * width), sums)
-                    inner.following = [*sums, kernel.at(weight, unrolled * width)]
+                    inner.following = [*sums, kernel.at(weight, unrolled * width), kernel.at(coming, line)]
                 with kernel.loop(build.sub(channels, most), inner.values) as rest:
-                    *sums, weight = rest.values
+                    *sums, weight, coming = rest.values
                     sums = multiplied(kernel, pointers, build.add(most, rest.index), weight, sums)
-                    rest.following = [*sums, kernel.at(weight, width)]
+                    rest.following = [*sums, kernel.at(weight, width), coming]
                 over_taps.following = rest.values
-            *sums, _ = over_taps.values
+            *sums, _, _ = over_taps.values
             for vector in range(vectors):
                 within = build.add(build.mul(place, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
                 mask = None if whole else kernel.first_lanes(build.sub(outputs, within))

@@ -162,6 +162,15 @@ class Kernel:
     def _align(self) -> int:
         return 8 if self.scalar == self.ir.DoubleType() else 4
 
+    def prefetch(self, pointer: Any) -> None:
+        """Have a line of memory brought into the core's own cache; any address will do."""
+        number, byte = self.ir.IntType(32), self.ir.IntType(8).as_pointer()
+        kind = self.ir.FunctionType(self.ir.VoidType(), [byte, number, number, number])
+        name = "llvm.prefetch.p0"
+        function = self.module.globals.get(name) or self.ir.Function(self.module, kind, name)
+        to_read, second_level, data = (self.ir.Constant(number, value) for value in (0, 2, 1))
+        self.build.call(function, [self.build.bitcast(pointer, byte), to_read, second_level, data])
+
     # -- arithmetic --------------------------------------------------------------------------------------------
 
     def fma(self, one: Any, other: Any, added: Any) -> Any:
