@@ -221,12 +221,18 @@ class Features(torch.Tensor):
         features._work = work
         return features
 
-    def then(self, step: Callable[[Epilogue], Epilogue | None]) -> Features | None:
-        """These features after one step more of their layer's epilogue, or `None` where it cannot be part of it."""
-        work = self._work
-        following = None if work is None else work.then(step(work.epilogue))
+    def then(self, epilogue: Epilogue | None, into: Features | None = None) -> Features | None:
+        """These features after a step more of their layer's work, which has this epilogue then, or `None` where it
+        cannot be part of it.
+
+        Args:
+            into: what an in-place operation leaves it in; new features if `None`.
+        """
+        following = None if self._work is None else self._work.then(epilogue)
         if following is None:
             return None
+        if into is not None:
+            return into.becomes(following, self.full)
         return self.deferred(following, self.selection, self.grid, full=self.full, fill=None, form=self.form)
 
     def like(self, value: Tensor, live: bool | None = None, form: Form | None = None) -> Features:
@@ -277,12 +283,12 @@ class Features(torch.Tensor):
                     _Rebase.apply(wrapper, wrapper._value)
         return self
 
-    def becomes(self, other: Features) -> Features:
+    def becomes(self, work: Work, full: bool) -> Features:
         """This very object as what an in-place operation leaves, which is not computed yet."""
         if self._shared is not None:
             self._shared.written()
-        self._held, self._rows, self._work, self._read = None, None, other._work, None
-        self.full, self.fill = other.full, None
+        self._held, self._rows, self._work, self._read = None, None, work, None
+        self.full, self.fill = full, None
         return self
 
     @property

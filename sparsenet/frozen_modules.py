@@ -25,7 +25,7 @@ from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.kernels import layout, machine
 from sparsenet.masked_conv import by_rule
 from sparsenet.rules.conv import Geometry, geometry_of, pair
-from sparsenet.rules.norm import continued, normalised
+from sparsenet.rules.norm import normalised
 from sparsenet.selection import Everything, Operation, Selection
 from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
 from sparsenet.strips import Strips, widened
@@ -226,11 +226,12 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             reads = self._of_all_pixels(rows, selection.batch, x.grid, geometry, pointwise)
             reads = reads._replace(everything=x.form.padding is None, gate=gate)
         else:
-            tables, outputs = None, len(rows)
+            inputs = rows.shape[0]
+            tables, outputs = None, inputs
             if x.full or not pointwise:
                 outputs = len(selection.sites(out_grid))
                 tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
-            reads = Reads(rows, tables, len(rows), outputs, 1, x.grid, out_grid, False, gate)
+            reads = Reads(rows, tables, inputs, outputs, 1, x.grid, out_grid, False, gate)
         work = Work(layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         if before is None:
             x.read_by(work)
@@ -244,7 +245,8 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         """What is read where every pixel of every image is."""
         window, out_grid = geometry
         if pointwise:
-            return Reads(rows, None, len(rows), len(rows), 1, grid, out_grid, True)
+            count = rows.shape[0]  # `len` of a tensor takes longer
+            return Reads(rows, None, count, count, 1, grid, out_grid, True)
         tables = OfAllPixels(grid, window, out_grid, rows.device)
         return Reads(rows, tables, grid[0] * grid[1], batch * out_grid[0] * out_grid[1], batch, grid, out_grid, True)
 
@@ -318,10 +320,19 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features) and not self.training:
-            following = continued(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+            following = input.then(_normalised(input, self))
             if following is not None:
                 return following
         return super().forward(input)
+
+
+def _normalised(features: Features, norm: nn.BatchNorm2d) -> Epilogue | None:
+    """The epilogue of the features' work after a normalisation, or `None`."""
+    # Not by attribute: a module looks these up in one dictionary after another.
+    statistics, affine = norm._buffers, norm._parameters
+    return normalised(
+        features, statistics["running_mean"], statistics["running_var"], affine["weight"], affine["bias"], norm.eps
+    )
 
 
 class _Activation(nn.Module):
@@ -329,10 +340,11 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features) and input._work is not None:
-            step = _step(self, input.dtype)
-            following = None if step is None else input.then(lambda epilogue: epilogue.activated(*step))
+            step = _step(self, input._work.dtype)
+            epilogue = None if step is None else input._work.epilogue.activated(*step)
+            following = input.then(epilogue, input if getattr(self, "inplace", False) else None)
             if following is not None:
-                return input.becomes(following) if getattr(self, "inplace", False) else following
+                return following
         return super().forward(input)
 
 
@@ -410,16 +422,7 @@ def _absorbs(features: Any, module: Any) -> bool:
         return False
     work = features._work
     if type(module) is FrozenBatchNorm2d and not module.training:
-        # Not by attribute: a module looks these up in one dictionary after another.
-        statistics, affine = module._buffers, module._parameters
-        epilogue = normalised(
-            features,
-            statistics["running_mean"],
-            statistics["running_var"],
-            affine["weight"],
-            affine["bias"],
-            module.eps,
-        )
+        epilogue = _normalised(features, module)
     elif isinstance(module, _Activation):
         step = _step(module, features.dtype)
         epilogue = None if step is None else work.epilogue.activated(*step)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -158,6 +159,14 @@ def test_every_size_of_panel(dtype: torch.dtype, groups: int, each: tuple[int, i
     weight = torch.randn(groups * outputs, inputs, 1, taps, dtype=dtype)
     table = torch.randint(0, 10, (sites, taps), dtype=torch.int32)  # nine rows, zeros, and outside
     compare(rows, weight, groups, table, 8)
+    found = indirect.run(rows, indirect.pack(weight, groups), Epilogue(), table, 8)
+    for ahead in (
+        0,
+        indirect.AHEAD,
+    ):  # as weights are read that are too many for a core's cache
+        with mock.patch.multiple(indirect, WEIGHTS=0, AHEAD=ahead):
+            compare(rows, weight, groups, table, 8)
+            assert torch.equal(found, indirect.run(rows, indirect.pack(weight, groups), Epilogue(), table, 8))
 
 
 @every_dtype
@@ -191,11 +200,14 @@ def test_rows_may_be_part_of_wider_ones() -> None:
 
 
 def test_large_weights_go_panel_by_panel() -> None:
-    """Weights beyond `indirect.WEIGHTS` are computed a panel at a time, over all sites."""
-    rows, weight = torch.randn(40, 256), torch.randn(264, 256, 3, 3) / 48
-    table = torch.randint(0, 42, (33, 9), dtype=torch.int32)
-    assert indirect.pack(weight, 1).weights.nbytes > indirect.WEIGHTS
-    compare(rows, weight, 1, table, 40)
+    """Weights beyond `indirect.WEIGHTS` are computed a panel at a time, over all sites, and tap by tap where a panel is
+    more than `indirect.AHEAD`."""
+    for channels, by_tap in ((256, False), (480, True)):
+        rows, weight = torch.randn(40, channels), torch.randn(250, channels, 3, 3) / 48
+        table = torch.randint(0, 42, (133, 9), dtype=torch.int32)
+        packed = indirect.pack(weight, 1).weights
+        assert packed.nbytes > indirect.WEIGHTS and (packed[0, 0].nbytes > indirect.AHEAD) == by_tap
+        compare(rows, weight, 1, table, 40)
 
 
 # -- threads -----------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ WEIGHTS = 1 << 18
 # near the weights that another one has.
 PIECES = 4
 
-# Bytes of a panel's weights up to which the thread's next panel is brought near meanwhile (512 to 2048 channels at 106
-# sites: 0.97 ms without, 0.73 with). Two of them have to fit a core's own cache.
+# Bytes of a panel's weights up to which two fit a core's own cache: the thread's next one is brought near meanwhile
+# (512 to 2048 channels at 106 sites: 0.97 ms without, 0.73 with). Of a larger one, one tap after the other is (3x3, 512
+# channels: 1.87 ms, and 1.58).
 AHEAD = 1 << 20
 
 
@@ -122,7 +123,8 @@ class Prepared:
         else:
             panels = groups * packed.weights.shape[1]
             together = panels if packed.weights.nbytes <= WEIGHTS else 1
-            kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation)
+            by_tap = packed.weights[0, 0].nbytes > AHEAD
+            kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation, by_tap)
         self._weights = packed.weights
         self._scale = padded(epilogue.scale, 1.0, groups, panels * width, dtype)
         self._shift = padded(epilogue.shift, 0.0, groups, panels * width, dtype)
@@ -219,7 +221,9 @@ class _Kernel:
         else:
             share = min(PIECE // work, -(-sites // (2 * threads)))
         panel = weights.numel() // self.panels
-        near = self.together < self.panels and share >= sites and panel * weights.itemsize <= AHEAD
+        ahead = 0
+        if self.together < self.panels and share >= sites:
+            ahead = panel * threads if panel * weights.itemsize <= AHEAD else panel // taps
         length = rows.shape[1] + self.width
         nothing = constant(length, 0.0, self.dtype)  # these two are held while it runs
         beyond = nothing if outside == 0 else constant(length, outside, self.dtype)
@@ -246,7 +250,7 @@ class _Kernel:
                 self.together,
                 inputs,
                 0,
-                panel * threads if near else 0,
+                ahead,
                 *bounds,
             ),
             threads,

@@ -34,13 +34,15 @@ class Workspace:
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Memory for so many elements, (elements,), not initialised."""
         with self._lock:
-            fitting = [block for block in self._blocks if block.holds(elements, dtype) and block.free()]
-            block = min(fitting, key=lambda block: block.tensor.numel(), default=None)
-            if block is None:
-                block = _Block(elements, dtype)
-                self._blocks.append(block)
-            block.used = True
-            return block.tensor[:elements]
+            found: _Block | None = None
+            for block in self._blocks:  # of those that fit, the smallest
+                if elements <= block.elements <= 2 * elements and block.dtype is dtype and block.free():
+                    found = block if found is None or block.elements < found.elements else found
+            if found is None:
+                found = _Block(elements, dtype)
+                self._blocks.append(found)
+            found.used = True
+            return found.tensor[:elements]
 
     def trim(self) -> None:
         """Give back what was not used since the last time."""
@@ -59,12 +61,10 @@ class Workspace:
 class _Block:
     def __init__(self, elements: int, dtype: torch.dtype):
         self.tensor = torch.empty(elements, dtype=dtype)
+        self.elements, self.dtype = elements, dtype
         self.used = True
         self._storage = self.tensor.untyped_storage()
         self._alone = use_count(self._storage._cdata)
-
-    def holds(self, elements: int, dtype: torch.dtype) -> bool:
-        return self.tensor.dtype == dtype and elements <= self.tensor.numel() <= 2 * elements
 
     def free(self) -> bool:
         return bool(use_count(self._storage._cdata) == self._alone)

@@ -50,7 +50,9 @@ def panel_vectors(outputs: int, dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str) -> Launch:
+def product(
+    vectors: int, whole: bool, dtype: torch.dtype, residual: str | None, activation: str, by_tap: bool = False
+) -> Launch:
     """The kernel of ordinary and grouped convolution.
 
     Weights are packed (groups, panels, taps, channels, vectors · lanes), zero beyond the outputs.
@@ -59,8 +61,11 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
         whole: whether a group's outputs fill its panels, so that no lane is idle.
         residual: `None`, or whether rows are added "before" or "after" the activation.
         activation: a name of `ACTIVATIONS`.
+        by_tap: let all sites of a piece pass by the weights of one tap before those of the next, with the sums so far
+            in the results' memory: for panels that are more than a core's own cache holds.
     """
-    kernel = Kernel(f"product_{vectors}_{whole}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
+    order = "by_tap_" if by_tap else ""
+    kernel = Kernel(f"product_{order}{vectors}_{whole}_{dtype.itemsize}_{residual}_{activation}", FIELDS, dtype)
     build, sites_at_once, width = kernel.build, tile(vectors), vectors * kernel.lanes
     rows, table, weights, zeros = (
         kernel.pointer(name, integers=name == "table") for name in ("rows", "table", "weights", "zeros")
@@ -72,11 +77,13 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
     last = build.sub(sites, kernel.integer(1))
     unrolled = 4
     most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
-    panel_size = build.mul(build.mul(taps, channels), kernel.integer(width))
+    tap_size = build.mul(channels, kernel.integer(width))
+    panel_size = build.mul(taps, tap_size)
     # Each step brings near a line of the next weights, so that all are there after so many tiles.
     line, ahead = 64 // dtype.itemsize, kernel.field("ahead")
     tiles_ahead = kernel.integer(unrolled * width // line)
-    lines_of_tile = build.mul(build.mul(taps, build.sdiv(most, kernel.integer(unrolled))), kernel.integer(line))
+    taps_at_once = kernel.integer(1) if by_tap else taps
+    lines_of_tile = build.mul(build.mul(taps_at_once, build.sdiv(most, kernel.integer(unrolled))), kernel.integer(line))
     site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
 
     # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
@@ -84,10 +91,14 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
         first_panel = build.mul(build.sdiv(piece, site_pieces), piece_panels)
         first = build.mul(build.srem(piece, site_pieces), piece_sites)
         count = kernel.smaller(build.sub(sites, first), piece_sites)
-        with kernel.loop(piece_panels) as over_panels, kernel.loop(count, step=sites_at_once) as tiles:
+        with (
+            kernel.loop(piece_panels) as over_panels,
+            kernel.loop(taps if by_tap else kernel.integer(1)) as passes,
+            kernel.loop(count, step=sites_at_once) as tiles,
+        ):
             panel = build.add(first_panel, over_panels.index)
             group, place = build.sdiv(panel, group_panels), build.srem(panel, group_panels)
-            begin = kernel.at(weights, build.mul(panel, panel_size))
+            begin = kernel.at(weights, build.mul(panel, panel_size), build.mul(passes.index, tap_size))
             offset = build.mul(group, channels)
             start = build.add(first, tiles.index)
             turn = build.sdiv(tiles.index, kernel.integer(sites_at_once))
@@ -97,10 +108,22 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
             # Beyond the last site, the last one is computed again.
             targets = [kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)]
             reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
-            with kernel.loop(taps, [*[kernel.zero] * (sites_at_once * vectors), begin, coming]) as over_taps:
+            places = []
+            for vector in range(vectors):
+                within = build.add(build.mul(place, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
+                mask = None if whole else kernel.first_lanes(build.sub(outputs, within))
+                padded = build.add(build.mul(panel, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
+                places.append((build.add(build.mul(group, outputs), within), padded, mask))
+            sums = [kernel.zero] * (sites_at_once * vectors)
+            if by_tap:
+                anew = build.icmp_signed("==", passes.index, kernel.integer(0))
+                kept = [finish.sums(target, channel, mask) for target in targets for channel, _, mask in places]
+                sums = [build.select(anew, kernel.zero, each) for each in kept]
+            with kernel.loop(taps_at_once, [*sums, begin, coming]) as over_taps:
+                tap = build.add(passes.index, over_taps.index)
                 pointers = []
                 for read in reads:
-                    row = build.sext(build.load(kernel.at(read, over_taps.index)), kernel.index_type)
+                    row = build.sext(build.load(kernel.at(read, tap)), kernel.index_type)
                     there = kernel.at(rows, build.mul(row, row_stride), offset)
                     pointers.append(build.select(build.icmp_signed("<", row, inputs), there, zeros))
                 with kernel.loop(most, over_taps.values, step=unrolled) as inner:
@@ -116,12 +139,15 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
                     rest.following = [*sums, kernel.at(weight, width), coming]
                 over_taps.following = rest.values
             *sums, _, _ = over_taps.values
-            for vector in range(vectors):
-                within = build.add(build.mul(place, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
-                mask = None if whole else kernel.first_lanes(build.sub(outputs, within))
-                padded = build.add(build.mul(panel, kernel.integer(width)), kernel.integer(vector * kernel.lanes))
-                channel = build.add(build.mul(group, outputs), within)
-                finish(sums[vector::vectors], targets, channel, padded, mask)
+            done = kernel.integer(1)
+            if by_tap:
+                done = build.zext(build.icmp_signed("==", passes.index, build.sub(taps, done)), kernel.index_type)
+                with kernel.loop(build.sub(kernel.integer(1), done)):
+                    for vector, (channel, _, mask) in enumerate(places):
+                        finish.keep(sums[vector::vectors], targets, channel, mask)
+            with kernel.loop(done):
+                for vector, (channel, padded, mask) in enumerate(places):
+                    finish(sums[vector::vectors], targets, channel, padded, mask)
     return kernel.compiled()
 
 
@@ -216,6 +242,18 @@ class Finish:
         self.stride = kernel.field("out_stride")
         self.activation = ACTIVATIONS[activation]
         self.parameters = kernel.number("low"), kernel.number("high")
+
+    def sums(self, site: Any, channel: Any, mask: Any) -> Any:
+        """What `keep` left there."""
+        return self.kernel.load(self._at(site, channel), mask)
+
+    def keep(self, sums: list[Any], sites: list[Any], channel: Any, mask: Any) -> None:
+        """Leave sums that are not complete in the results' memory."""
+        for total, site in zip(sums, sites, strict=True):
+            self.kernel.store(total, self._at(site, channel), mask)
+
+    def _at(self, site: Any, channel: Any) -> Any:
+        return self.kernel.at(self.out, self.kernel.build.mul(site, self.stride), channel)
 
     def __call__(self, sums: list[Any], sites: list[Any], channel: Any, padded: Any, mask: Any) -> None:
         """Write one vector of output channels of each site.

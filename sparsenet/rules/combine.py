@@ -127,40 +127,40 @@ def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | 
             if func in _SCALING and not in_place and (gated := _gated(layer, other)) is not None:
                 return gated
             continue
-        if func in _ADDING:
-            following = _with_residual(layer, other)
-        else:
-            following = None if isinstance(other, Features) else _with_scale(layer, other)
-        if following is None:
+        into = parts[0] if in_place else None
+        if into is not None and into is not layer and not (into.alone and into.selection is layer.selection):
             continue
-        if not in_place:
+        if func in _ADDING:
+            following = _with_residual(layer, other, into)
+        else:
+            following = None if isinstance(other, Features) else _with_scale(layer, other, into)
+        if following is not None:
             return following
-        if parts[0] is layer:
-            return layer.becomes(following)
-        if isinstance(parts[0], Features) and parts[0].alone and parts[0].selection is layer.selection:
-            return parts[0].becomes(following)
     return None
 
 
-def _with_residual(layer: Features, other: Tensor) -> Features | None:
+def _with_residual(layer: Features, other: Tensor, into: Features | None) -> Features | None:
     if not isinstance(other, Features) or (other.form, other.grid) != (layer.form, layer.grid):
         return None
     if other.selection is not layer.selection or other.dtype != layer.dtype:
         return None
     if layer.full and not other.full:
         return None
-    residual = as_rows(other.value if layer.full else other.restricted()).contiguous()  # as the kernels read it
-    following = layer.then(lambda epilogue: epilogue.plus(residual))
-    if following is not None and following._work is not None:
+    rows = other.computed() if layer.full or not other.full else as_rows(other.restricted())
+    work = layer._work
+    if work is None:
+        return None
+    following = layer.then(work.epilogue.plus(rows.contiguous()), into)  # as the kernels read it
+    if following is not None and following._work is not None and other is not into:
         other.read_by(following._work)
     return following
 
 
-def _with_scale(layer: Features, other: Tensor) -> Features | None:
+def _with_scale(layer: Features, other: Tensor, into: Features | None) -> Features | None:
     cells, work = _by_channel(layer, other), layer._work
     if cells is None or work is None:
         return None
-    return layer.then(lambda epilogue: work.layer.scaled(epilogue, other, cells))
+    return layer.then(work.layer.scaled(work.epilogue, other, cells), into)
 
 
 def _gated(x: Features, other: Tensor) -> Features | None:

@@ -37,7 +37,7 @@ def batch_norm(
         return x.like(func(x.value, mean, var, weight, bias, False, momentum, eps))
 
     if not training:
-        following = continued(x, running_mean, running_var, weight, bias, eps)
+        following = x.then(normalised(x, running_mean, running_var, weight, bias, eps))
         return by_running_statistics() if following is None else following
     local = len(x.selection.sites(x.grid))
     if isinstance(x, SparseFeatures) and not x.full and group is None and local > 1:
@@ -81,19 +81,13 @@ def normalised_over(
     return result.to(value.dtype)
 
 
-def continued(
-    x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Features | None:
-    """Normalisation by running statistics as part of the work that a layer has yet to do, if it can be."""
-    return x.then(lambda _: normalised(x, mean, var, weight, bias, eps))
-
-
 def normalised(
     x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Epilogue | None:
-    """The epilogue of that work with normalisation as its next step, or `None`."""
+    """The epilogue of the work that a layer has yet to do, with normalisation by running statistics as its next step,
+    or `None` where it cannot be."""
     work = x._work
-    if work is None or mean is None or var is None or not x.form.plain or len(mean) != work.outputs:
+    if work is None or mean is None or var is None or not x.form.plain or mean.shape[0] != work.outputs:
         return None
     return work.layer.normalised(work.epilogue, Norm(mean, var, weight, bias, eps))
 

@@ -39,9 +39,10 @@ def pointwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Features
         raise Leaves(input.form.description)
     in_place = is_in_place(func, (input, *args), kwargs)
     activation = activation_of(func, args, kwargs, input.dtype)
-    following = None if activation is None else input.then(lambda epilogue: epilogue.activated(*activation))
-    if following is not None:
-        return input.becomes(following) if in_place else following
+    if activation is not None and input._work is not None:
+        following = input.then(input._work.epilogue.activated(*activation), input if in_place else None)
+        if following is not None:
+            return following
     before = input.writable() if in_place else input.value
     value = func(before, *args, **kwargs)
     if value is not before:
