@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn import functional as F
 
 from sparsenet.macs import MacCounter
 from sparsenet.record import selector_of
@@ -14,7 +13,7 @@ from sparsenet.selector.levels import LearnedLevels
 from sparsenet.sites import Pair
 from sparsenet.surgery import quietly
 
-NEAR = 0.1  # the excess from which the penalty is a line
+NEAR = 0.1  # excess within which the multiplier moves
 
 
 class Budget(nn.Module):
@@ -35,9 +34,9 @@ class Budget(nn.Module):
         density: target of the active share of pixels at the stage, over the batch.
         macs: target of the multiply-accumulates as a share of the dense network's, the selector's included. By the
             sizes of maps in the dry run; on inputs of another size, by sizes of the same proportion.
-        penalty: weight of half the squared excess; beyond an excess of 0.1 it goes on as a line (Huber's loss), so that
-            a start far away neither drowns the task nor has the multiplier overshoot.
-        rate: what the multiplier grows by in a step, as a share of the penalty's slope.
+        penalty: weight of half the squared excess.
+        rate: what the multiplier grows by in a step, as a share of penalty × excess. Further from the target than 0.1
+            it stays: there the penalty alone is enough, and what was added up on the way would carry beyond it.
 
     Raises:
         ValueError: for not exactly one target, one outside 0 … 1, and MACs that no mask reaches.
@@ -51,8 +50,8 @@ class Budget(nn.Module):
         *,
         density: float | None = None,
         macs: float | None = None,
-        penalty: float = 50.0,
-        rate: float = 0.02,
+        penalty: float = 150.0,
+        rate: float = 0.05,
     ):
         super().__init__()
         if (density is None) == (macs is None):
@@ -98,10 +97,11 @@ class Budget(nn.Module):
         excess = self.cost(levels) - self.target
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             excess = all_reduce(excess) / torch.distributed.get_world_size()
-        loss = self.multiplier * excess + self.penalty * F.huber_loss(excess, torch.zeros_like(excess), delta=NEAR)
+        loss = self.multiplier * excess + self.penalty / 2 * excess.square()
         if self.training:
             with torch.no_grad():  # a new tensor: the graph of the loss holds the old one
-                self.multiplier = self.multiplier + self.rate * self.penalty * excess.detach().clamp(-NEAR, NEAR)
+                step = self.rate * self.penalty * excess.detach()
+                self.multiplier = torch.where(excess.detach().abs() < NEAR, self.multiplier + step, self.multiplier)
         return loss
 
 

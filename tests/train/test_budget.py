@@ -71,7 +71,7 @@ def test_the_cost_is_what_a_record_counts(side: int) -> None:
 
 @pytest.mark.parametrize("shift", [-0.65, 1.0])
 def test_gradient_and_multiplier_by_hand(shift: float) -> None:
-    """The penalty is a square near the target and a line further away, and the multiplier moves by its slope."""
+    """The penalty is a square, and near the target the multiplier moves by its slope."""
     logits = nn.Parameter(torch.randn(2, 1, 16, 20, generator=torch.Generator().manual_seed(0)) + shift)
 
     class Given(nn.Module):
@@ -93,13 +93,11 @@ def test_gradient_and_multiplier_by_hand(shift: float) -> None:
     excess = (logits > 0).float().mean().item() - 0.2
     near = abs(excess) < 0.1
     assert near == (shift < 0)
-    slope = 4 * excess if near else 0.4
-    penalty = 2 * excess**2 if near else 0.4 * (excess - 0.05)
-    assert loss.item() == pytest.approx(1.5 * excess + penalty, rel=1e-5)
+    assert loss.item() == pytest.approx(1.5 * excess + 2 * excess**2, rel=1e-5)
     p = logits.detach().sigmoid()
-    wanted = (1.5 + slope) * p * (1 - p) / p.numel()
+    wanted = (1.5 + 4 * excess) * p * (1 - p) / p.numel()
     torch.testing.assert_close(logits.grad, wanted, rtol=1e-4, atol=1e-9)
-    assert budget.multiplier.item() == pytest.approx(1.5 + 0.5 * slope, rel=1e-5)
+    assert budget.multiplier.item() == pytest.approx(1.5 + (0.5 * 4 * excess if near else 0), rel=1e-5)
     before = copy.deepcopy(budget.eval().state_dict())
     supervision.loss()
     assert torch.equal(budget.multiplier, before["multiplier"])
