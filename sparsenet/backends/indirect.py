@@ -217,7 +217,7 @@ class _Kernel:
         work = max(1, weights.numel() // self.panels * self.together)
         threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
         if self.together < self.panels:
-            share = -(-sites // max(1, PIECES * threads // self.panels))
+            share = -(-sites // max(1, min(PIECES * threads // self.panels, sites * work // PIECE)))
         else:
             share = min(PIECE // work, -(-sites // (2 * threads)))
         panel = weights.numel() // self.panels

@@ -79,11 +79,12 @@ def product(
     most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
     tap_size = build.mul(channels, kernel.integer(width))
     panel_size = build.mul(taps, tap_size)
-    # Each step brings near a line of the next weights, so that all are there after so many tiles.
+    # Each step brings near two lines of the next weights, so that all are there after so many tiles.
     line, ahead = 64 // dtype.itemsize, kernel.field("ahead")
-    tiles_ahead = kernel.integer(unrolled * width // line)
+    tiles_ahead = kernel.integer(-(-unrolled * width // (2 * line)))
     taps_at_once = kernel.integer(1) if by_tap else taps
-    lines_of_tile = build.mul(build.mul(taps_at_once, build.sdiv(most, kernel.integer(unrolled))), kernel.integer(line))
+    steps = build.mul(taps_at_once, build.sdiv(most, kernel.integer(unrolled)))
+    all_weights = build.mul(panels, panel_size)
     site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
 
     # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
@@ -98,13 +99,15 @@ def product(
         ):
             panel = build.add(first_panel, over_panels.index)
             group, place = build.sdiv(panel, group_panels), build.srem(panel, group_panels)
-            begin = kernel.at(weights, build.mul(panel, panel_size), build.mul(passes.index, tap_size))
+            begin = build.add(build.mul(panel, panel_size), build.mul(passes.index, tap_size))
             offset = build.mul(group, channels)
             start = build.add(first, tiles.index)
             turn = build.sdiv(tiles.index, kernel.integer(sites_at_once))
-            away = build.add(ahead, build.mul(turn, lines_of_tile))
-            wanted = build.select(build.icmp_signed("<", turn, tiles_ahead), ahead, kernel.integer(0))
-            coming = kernel.at(begin, build.select(build.icmp_signed(">", wanted, kernel.integer(0)), away, wanted))
+            there = build.icmp_signed("<", build.add(begin, ahead), all_weights)
+            wanted = build.and_(there, build.icmp_signed("<", turn, tiles_ahead))
+            away = build.add(ahead, build.mul(build.mul(turn, steps), kernel.integer(2 * line)))
+            begin = kernel.at(weights, begin)
+            coming = kernel.at(begin, build.select(wanted, away, kernel.integer(0)))
             # Beyond the last site, the last one is computed again.
             targets = [kernel.smaller(build.add(start, kernel.integer(each)), last) for each in range(sites_at_once)]
             reads = [kernel.at(table, build.mul(target, taps)) for target in targets]
@@ -129,10 +132,11 @@ def product(
                 with kernel.loop(most, over_taps.values, step=unrolled) as inner:
                     *sums, weight, coming = inner.values
                     kernel.prefetch(coming)
+                    kernel.prefetch(kernel.at(coming, line))
                     for each in range(unrolled):
                         channel = build.add(inner.index, kernel.integer(each))
                         sums = multiplied(kernel, pointers, channel, kernel.at(weight, each * width), sums)
-                    inner.following = [*sums, kernel.at(weight, unrolled * width), kernel.at(coming, line)]
+                    inner.following = [*sums, kernel.at(weight, unrolled * width), kernel.at(coming, 2 * line)]
                 with kernel.loop(build.sub(channels, most), inner.values) as rest:
                     *sums, weight, coming = rest.values
                     sums = multiplied(kernel, pointers, build.add(most, rest.index), weight, sums)
