@@ -1,6 +1,6 @@
 """Dense and selective Pelee on COCO, or on embedded digits in its format.
 
-  python examples/pelee_coco.py --from-scratch               on embedded data
+  python examples/pelee_coco.py                              demonstration on embedded data
   python examples/pelee_coco.py --data ROOT --from-scratch   the paper's experiment on COCO
 
 For what it does see ssd_voc.py.

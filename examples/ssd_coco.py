@@ -1,6 +1,6 @@
 """Dense and selective SSD300 on COCO, or on embedded digits in its format.
 
-  python examples/ssd_coco.py --from-scratch               on embedded data
+  python examples/ssd_coco.py                              demonstration on embedded data
   python examples/ssd_coco.py --data ROOT --from-scratch   the paper's experiment on COCO
 
 For what it does see ssd_voc.py.
