@@ -8,13 +8,12 @@ For what it does see ssd_voc.py.
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from data.sets import coco_or_digits
 from detectors.pelee import pelee304
 from detectors.peleenet import load_trunk
 from pelee_voc import DEMO
-from recipe import Recipe, paper_preset, run
+from recipe import CHECKPOINTS, Recipe, paper_preset, run
 from training import Schedule
 
 RECIPE = Recipe(
@@ -25,7 +24,7 @@ RECIPE = Recipe(
     least_images=2,
     load=partial(coco_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=replace(DEMO, checkpoint=Path(__file__).parent / "checkpoints" / "pelee304_digits_coco.safetensors"),
+    demo=replace(DEMO, checkpoint=CHECKPOINTS / "pelee304_digits_coco.safetensors"),
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=100_000, batch_size=128, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )

@@ -8,12 +8,11 @@ For what it does see ssd_voc.py.
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from data.sets import voc_or_digits
 from detectors.pelee import pelee304
 from detectors.peleenet import load_trunk
-from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
+from recipe import CHECKPOINTS, DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
 # Normalised throughout, it takes a higher rate than SSD: 250 iterations at width 1 give 12.7 mAP by 0.05, 5.2 by 0.02.
@@ -33,7 +32,7 @@ RECIPE = Recipe(
     least_images=2,
     load=partial(voc_or_digits, size=304),
     at="backbone.trunk.pool1",  # after the first stage, 38²
-    demo=replace(DEMO, checkpoint=Path(__file__).parent / "checkpoints" / "pelee304_digits.safetensors"),
+    demo=replace(DEMO, checkpoint=CHECKPOINTS / "pelee304_digits.safetensors"),
     # Pelee's own schedule.
     paper=paper_preset(Schedule(iterations=120_000, batch_size=32, lr=0.005, warmup=0.0216, milestones=(2 / 3, 5 / 6))),
 )

@@ -39,6 +39,8 @@ from report import Comparison, coco_percent, markdown, origin, thinned, write_js
 from storage import CheckpointError, ensure_writable, load_checkpoint, replacing, save_checkpoint
 from training import NotFiniteError, Schedule
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # that come along
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -6,11 +6,12 @@
 For what it does see ssd_voc.py.
 """
 
-from pathlib import Path
+from dataclasses import replace
 
+import ssd_voc
 from data.sets import coco_or_digits
 from detectors.ssd import load_imagenet_trunk, ssd300_vgg16_bn
-from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
+from recipe import CHECKPOINTS, Recipe, paper_preset, run
 from training import Schedule
 
 RECIPE = Recipe(
@@ -21,13 +22,7 @@ RECIPE = Recipe(
     imagenet=lambda model: load_imagenet_trunk(model.backbone),
     load=coco_or_digits,
     at="pool3",
-    demo=Preset(
-        width=0.25,
-        scratch=DEMO_SCRATCH,
-        training=DEMO_TRAINING,
-        eval_images=200,
-        checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits_coco.safetensors",
-    ),
+    demo=replace(ssd_voc.RECIPE.demo, checkpoint=CHECKPOINTS / "ssd300_digits_coco.safetensors"),
     # The original's steps, with the paper's rate and warm-up (five epochs).
     paper=paper_preset(Schedule(iterations=400_000, batch_size=32, lr=0.01, warmup=0.046, milestones=(0.7, 0.9))),
 )

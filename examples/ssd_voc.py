@@ -9,11 +9,9 @@ differs afterwards is the selection. All output goes under --out; repeating the 
 interrupted run resumes it.
 """
 
-from pathlib import Path
-
 from data.sets import voc_or_digits
 from detectors.ssd import load_imagenet_trunk, ssd300_vgg16_bn
-from recipe import DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
+from recipe import CHECKPOINTS, DEMO_SCRATCH, DEMO_TRAINING, Preset, Recipe, paper_preset, run
 from training import Schedule
 
 RECIPE = Recipe(
@@ -29,7 +27,7 @@ RECIPE = Recipe(
         scratch=DEMO_SCRATCH,
         training=DEMO_TRAINING,
         eval_images=200,
-        checkpoint=Path(__file__).parent / "checkpoints" / "ssd300_digits.safetensors",
+        checkpoint=CHECKPOINTS / "ssd300_digits.safetensors",
     ),
     # The original's steps with the paper's rate, batch and five epochs of warm-up.
     paper=paper_preset(Schedule(iterations=120_000, batch_size=32, lr=0.01, warmup=0.0216, milestones=(2 / 3, 5 / 6))),

@@ -119,6 +119,7 @@ class Prepared:
         order = None if epilogue.residual is None else epilogue.order
         if packed.depthwise:
             panels = together = packed.weights.shape[1] // width
+            by_tap = False
             kernel = convolution.by_channel("product", vectors, whole, dtype, order, epilogue.activation)
         else:
             panels = groups * packed.weights.shape[1]
@@ -128,7 +129,7 @@ class Prepared:
         self._weights = packed.weights
         self._scale = padded(epilogue.scale, 1.0, groups, panels * width, dtype)
         self._shift = padded(epilogue.shift, 0.0, groups, panels * width, dtype)
-        self._kernel = _Kernel(kernel, channels, self.outputs, groups, panels, together, width, dtype)
+        self._kernel = _Kernel(kernel, channels, self.outputs, groups, panels, together, width, dtype, by_tap)
         self._bounds = bits(epilogue.low), bits(epilogue.high)
 
     def run(
@@ -184,8 +185,10 @@ class _Kernel:
         together: int,
         width: int,
         dtype: torch.dtype,
+        by_tap: bool = False,
     ):
         self.kernel = kernel
+        self.by_tap = by_tap
         self.channels = channels
         self.outputs = outputs
         self.each = outputs // groups
@@ -214,16 +217,16 @@ class _Kernel:
             return
         weights, scale, shift, residual = operands
         # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
-        work = max(1, weights.numel() // self.panels * self.together)
-        threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
-        if self.together < self.panels:
-            share = -(-sites // max(1, min(PIECES * threads // self.panels, sites * work // PIECE)))
-        else:
-            share = min(PIECE // work, -(-sites // (2 * threads)))
         panel = weights.numel() // self.panels
+        work = max(1, panel * self.together)
+        threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
         ahead = 0
-        if self.together < self.panels and share >= sites:
-            ahead = panel * threads if panel * weights.itemsize <= AHEAD else panel // taps
+        if self.together == self.panels:
+            share = min(PIECE // work, -(-sites // (2 * threads)))
+        else:
+            share = -(-sites // max(1, min(PIECES * threads // self.panels, sites * work // PIECE)))
+            if share >= sites:
+                ahead = panel // taps if self.by_tap else panel * threads
         length = rows.shape[1] + self.width
         nothing = constant(length, 0.0, self.dtype)  # these two are held while it runs
         beyond = nothing if outside == 0 else constant(length, outside, self.dtype)

@@ -249,15 +249,16 @@ class Finish:
 
     def sums(self, site: Any, channel: Any, mask: Any) -> Any:
         """What `keep` left there."""
-        return self.kernel.load(self._at(site, channel), mask)
+        return self.kernel.load(self.kernel.at(self.out, self._place(site, channel)), mask)
 
     def keep(self, sums: list[Any], sites: list[Any], channel: Any, mask: Any) -> None:
         """Leave sums that are not complete in the results' memory."""
         for total, site in zip(sums, sites, strict=True):
-            self.kernel.store(total, self._at(site, channel), mask)
+            self.kernel.store(total, self.kernel.at(self.out, self._place(site, channel)), mask)
 
-    def _at(self, site: Any, channel: Any) -> Any:
-        return self.kernel.at(self.out, self.kernel.build.mul(site, self.stride), channel)
+    def _place(self, site: Any, channel: Any) -> Any:
+        """Of a site's channel among the results, and in the residual."""
+        return self.kernel.build.add(self.kernel.build.mul(site, self.stride), channel)
 
     def __call__(self, sums: list[Any], sites: list[Any], channel: Any, padded: Any, mask: Any) -> None:
         """Write one vector of output channels of each site.
@@ -268,7 +269,7 @@ class Finish:
         kernel = self.kernel
         scale, shift = (kernel.load(kernel.at(each, padded)) for each in (self.scale, self.shift))
         for total, site in zip(sums, sites, strict=True):
-            target = kernel.build.add(kernel.build.mul(site, self.stride), channel)
+            target = self._place(site, channel)
             value = kernel.fma(total, scale, shift)
             if self.order is not None:
                 added = kernel.load(kernel.at(self.residual, target), mask)
