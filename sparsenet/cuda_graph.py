@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -50,13 +51,26 @@ class CudaGraph:
         with torch.cuda.stream(side):
             for _ in range(WARMUP):
                 call()
-        torch.cuda.current_stream().wait_stream(side)
-        # "thread_local", so that other threads, which load images, may use the device meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            return call()
+        before = torch.cuda.current_stream()
+        before.wait_stream(side)
+        try:
+            # "thread_local", so that other threads, which load images, may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                return call()
+        except RuntimeError:
+            torch.cuda.set_stream(before)
+            _close_recording()
+            raise
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _close_recording() -> None:
+    """After a recording that failed, PyTorch 2.11 takes the device's random numbers as still being recorded, so that
+    every later draw would raise. One that succeeds ends that."""
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device="cuda")
 
 
 @dataclass(eq=False)

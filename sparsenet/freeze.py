@@ -17,6 +17,7 @@ from sparsenet.backends import choice, triton, winograd
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.ways import Spec
 from sparsenet.backends.workspace import Workspace
+from sparsenet.chains import FusedForward
 from sparsenet.cuda_graph import GraphedCall, check_graph
 from sparsenet.features import Features
 from sparsenet.frozen_branch import make_direct
@@ -25,7 +26,6 @@ from sparsenet.frozen_modules import (
     FOLLOWERS,
     FrozenConv2d,
     FrozenLinear,
-    FusedForward,
     begin_pass,
     end_pass,
     refuse_weights,

@@ -6,17 +6,15 @@ layer takes to compute. All of this module's are small.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsenet import context
-from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Norm
+from sparsenet.chains import FusedForward, Links
 from sparsenet.features import Features, as_rows, ordinary
-from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU, FusedForward, hooked
+from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU
 from sparsenet.selector import SelectiveModule
 
 
@@ -52,7 +50,6 @@ class BranchForward:
         return type(self.branch).forward(self.branch, ordinary(features))
 
 
-@dataclass(eq=False)
 class DirectForward:
     """The forward of a convolution, or of a sequence of them with normalisation and activation behind: ordinary maps
     (N, C, H, W) to such in channels-last memory.
@@ -60,33 +57,21 @@ class DirectForward:
     Where someone watches, by hooks or a record, it goes the way of the rest of a frozen model.
     """
 
-    module: nn.Module
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._links = Links()
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
         parts: list[Any] = list(module) if isinstance(module, nn.Sequential) else [module]
         first: FrozenConv2d = parts[0]
         fits = not isinstance(x, Features) and x.dim() == 4 and x.shape[1] == first.in_channels and first.takes(x)
-        if not fits or module.training or context.current().observers or any(map(hooked, parts)):
+        links = self._links.of(parts, 0) if fits and not context.current().observers else []
+        if not links or sum(map(len, links)) < len(parts):
             return FusedForward(module)(x) if isinstance(module, nn.Sequential) else type(module).forward(module, x)
         batch, grid = x.shape[0], (x.shape[2], x.shape[3])
         rows = as_rows(x)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        for place, part in enumerate(parts):
-            if type(part) is FrozenConv2d:
-                rows, grid = part.on_rows(rows, batch, grid, _behind(part, parts[place + 1 :]))
+        for link in links:
+            rows, grid = link.convolution.on_rows(rows, batch, grid, link.epilogue)
         return rows.view(batch, *grid, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-def _behind(convolution: FrozenConv2d, following: list[Any]) -> Epilogue:
-    """What is done to a convolution's sums before the next one."""
-    epilogue: Any = Epilogue(shift=convolution.bias)
-    for part in following:
-        if type(part) is FrozenConv2d:
-            break
-        if type(part) is FrozenBatchNorm2d:
-            norm = Norm(part.running_mean, part.running_var, part.weight, part.bias, part.eps)  # type: ignore[arg-type]
-            epilogue = convolution.layer.normalised(epilogue, norm)
-        else:
-            epilogue = epilogue.activated("clamp", 0.0, math.inf)
-    return epilogue

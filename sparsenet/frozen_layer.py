@@ -20,9 +20,9 @@ from sparsenet.timing import clock_of
 MARGIN = 0.93
 
 # Bytes of a map from which a depthwise layer reads it in strips, as the pointwise layer before it makes them, if both
-# run by the direct kernels (see `sparsenet.strips`). Smaller maps stay in the last cache (16 to 96 channels at 224x224,
-# then 3x3 of stride 2: 2.9 ms whole, 1.8 in strips; 24 to 144 at 112x112, 7 MB: 1.1 either way).
-WIDE = 12 << 20
+# run by the direct kernels (see `sparsenet.strips`). Of smaller maps nothing is gained (MobileNetV2 at 448x448, whose
+# maps have 19, 7 and 2 MB: from 12 MB 1.04 of the time from 6).
+WIDE = 6 << 20
 
 # `MARGIN` for a depthwise layer of such a map, whose measurement does not see what strips save.
 MARGIN_IN_STRIPS = 0.6
@@ -82,10 +82,9 @@ class FrozenLayer:
         """The name of the way for each kind."""
         return {kind: way.name for kind, way in self._chosen.items()}
 
-    @property
-    def kernels(self) -> Indirect | None:
-        """The direct kernels, where they are what computes all pixels."""
-        way = self._chosen.get("everything")
+    def kernels(self, kind: str) -> Indirect | None:
+        """The direct kernels, where they are what computes layers of a kind."""
+        way = self._chosen.get(kind)
         return way if isinstance(way, Indirect) else None
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
@@ -93,9 +92,13 @@ class FrozenLayer:
         if way is None:
             way = self._chosen[reads.kind] = self._fastest(reads.kind, reads, epilogue)
             self._drop()
-        if self._beside is not None:
-            self._beside.count(way is self._beside)
+        self.count(reads.kind)
         return way.run(reads, epilogue)
+
+    def count(self, kind: str) -> None:
+        """It is computed, as one of a kind."""
+        if self._beside is not None:
+            self._beside.count(self._chosen[kind] is self._beside)
 
     def _fastest(self, kind: str, reads: Reads, epilogue: Epilogue) -> Way:
         names = self._candidates[kind]

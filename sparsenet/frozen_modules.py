@@ -28,7 +28,7 @@ from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import normalised
 from sparsenet.selection import Everything, Operation, Selection
 from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
-from sparsenet.strips import Strips, widened
+from sparsenet.strips import in_strips
 from sparsenet.work import Layer, Work
 
 
@@ -207,39 +207,72 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         return ordinary(result).contiguous() if selection is None else result
 
     def _guided(self, x: Features) -> Tensor:
-        selection = x.selection
+        selection, before = x.selection, x._work
         asked = selection.options.backend != "auto" or isinstance(x, MaskedFeatures)
         unfit = x.dtype != self.layer.dtype or x.form.channels[0] != self.in_channels
         if unfit or (asked and not selection.everything):
             return by_rule(self, x, "auto", self.fill)
-        geometry, pointwise = self._geometry(x.form, x.grid)
-        window, out_grid = geometry
-        before, gate = x._work, None
-        layer: Layer = self.layer
-        if before is not None and before.gate is not None:
-            rows, gate = before.reads.rows, before.gate
-        elif before is not None and selection.everything and not pointwise and widened(before, self.layer):
-            rows, layer = before.reads.rows, Strips(before, self.layer, window)
+        work = None if before is None else self._joined(before, x.form, x.grid, x.full)
+        if work is None:
+            work = self.work(self.layer, x.computed(), selection, x.form, x.grid, x.full)
+            x.read_by(work)
+        return type(x).deferred(work, selection, work.reads.out_grid, full=False, fill=self._buffers["fill"])
+
+    def follows(self, before: Work) -> Work | None:
+        """The layer's work on what that of another convolution gives, which nothing else reads; `None` where it cannot
+        read it."""
+        if before.dtype != self.layer.dtype or before.outputs != self.in_channels:
+            return None
+        form, grid = Form.plain_of(self.in_channels), before.reads.out_grid
+        work = self._joined(before, form, grid, full=False)
+        return work or self.work(self.layer, before.result(), before.selection, form, grid, full=False)
+
+    def _joined(self, before: Work, form: Form, grid: Pair, full: bool) -> Work | None:
+        """The layer's work, where it takes along what is before it: a gate, or maps that are never whole."""
+        selection, rows = before.selection, before.reads.rows
+        if before.gate is not None:
+            work = self.work(self.layer, rows, selection, form, grid, full, before.gate)
+        elif selection.everything:
+            (window, _), pointwise = self.geometry(form, grid)
+            strips = in_strips(before, self.layer, None if pointwise else window)
+            if strips is None:
+                return None
+            if pointwise:
+                work = Work(strips, selection, before.reads, Epilogue(shift=self._parameters["bias"]))
+            else:
+                work = self.work(strips, rows, selection, form, grid, full)
         else:
-            rows, before = x.computed(), None
+            return None
+        work.read_like(before)
+        return work
+
+    def work(
+        self,
+        layer: Layer,
+        rows: Tensor,
+        selection: Selection,
+        form: Form,
+        grid: Pair,
+        full: bool,
+        gate: Tensor | None = None,
+    ) -> Work:
+        """The layer's work on rows of these sites."""
+        geometry, pointwise = self.geometry(form, grid)
+        window, out_grid = geometry
         if selection.everything:
-            reads = self._of_all_pixels(rows, selection.batch, x.grid, geometry, pointwise)
-            reads = reads._replace(everything=x.form.padding is None, gate=gate)
+            reads = self._of_all_pixels(rows, selection.batch, grid, geometry, pointwise)
+            reads = reads._replace(everything=form.padding is None, gate=gate)
         else:
             inputs = rows.shape[0]
             tables, outputs = None, inputs
-            if x.full or not pointwise:
+            if full or not pointwise:
                 outputs = len(selection.sites(out_grid))
-                tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
-            reads = Reads(rows, tables, inputs, outputs, 1, x.grid, out_grid, False, gate)
+                tables = OfActiveSites(selection, grid, full, window, out_grid)
+            reads = Reads(rows, tables, inputs, outputs, 1, grid, out_grid, False, gate)
         work = Work(layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
-        if before is None:
-            x.read_by(work)
-        else:
-            work.read_like(before)
         if selection.observers:
             selection.report(self._operation("conv2d", work, out_grid))
-        return type(x).deferred(work, selection, out_grid, full=False, fill=self._buffers["fill"])
+        return work
 
     def _of_all_pixels(self, rows: Tensor, batch: int, grid: Pair, geometry: Geometry, pointwise: bool) -> Reads:
         """What is read where every pixel of every image is."""
@@ -252,11 +285,11 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
 
     def on_rows(self, rows: Tensor, batch: int, grid: Pair, epilogue: Epilogue) -> tuple[Tensor, Pair]:
         """The rows of all pixels of a map, computed at once, and the grid of what it gives."""
-        geometry, pointwise = self._geometry(Form.plain_of(self.in_channels), grid)
+        geometry, pointwise = self.geometry(Form.plain_of(self.in_channels), grid)
         reads = self._of_all_pixels(rows, batch, grid, geometry, pointwise)
         return self.layer.run(reads, epilogue), geometry.out_grid
 
-    def _geometry(self, form: Form, grid: Pair) -> tuple[Geometry, bool]:
+    def geometry(self, form: Form, grid: Pair) -> tuple[Geometry, bool]:
         """Where the layer reads a map, and whether each pixel reads itself alone; kept, because it takes longer to find
         than a small layer to compute."""
         if form.plain and grid in self._geometries:
@@ -319,20 +352,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     `batch_norm` is as much as a small layer takes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Features) and not self.training:
-            following = input.then(_normalised(input, self))
+        if isinstance(input, Features) and input._work is not None and input.form.plain:
+            following = input.then(behind(input._work.layer, input._work.epilogue, self, input._work.dtype))
             if following is not None:
                 return following
         return super().forward(input)
-
-
-def _normalised(features: Features, norm: nn.BatchNorm2d) -> Epilogue | None:
-    """The epilogue of the features' work after a normalisation, or `None`."""
-    # Not by attribute: a module looks these up in one dictionary after another.
-    statistics, affine = norm._buffers, norm._parameters
-    return normalised(
-        features, statistics["running_mean"], statistics["running_var"], affine["weight"], affine["bias"], norm.eps
-    )
 
 
 class _Activation(nn.Module):
@@ -340,15 +364,27 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Features) and input._work is not None:
-            step = _step(self, input._work.dtype)
-            epilogue = None if step is None else input._work.epilogue.activated(*step)
+            epilogue = behind(input._work.layer, input._work.epilogue, self, input._work.dtype)
             following = input.then(epilogue, input if getattr(self, "inplace", False) else None)
             if following is not None:
                 return following
         return super().forward(input)
 
 
-def _step(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+def behind(layer: Layer, epilogue: Epilogue, module: Any, dtype: torch.dtype) -> Epilogue | None:
+    """The epilogue of a layer's work on a plain map with a normalisation or activation as its next step, or `None`
+    where it cannot be part of it."""
+    if type(module) is FrozenBatchNorm2d and not module.training:
+        # Not by attribute: a module looks these up in one dictionary after another.
+        statistics, affine = module._buffers, module._parameters
+        mean, var = statistics["running_mean"], statistics["running_var"]
+        return normalised(layer, epilogue, mean, var, affine["weight"], affine["bias"], module.eps)
+    step = step_of(module, dtype) if isinstance(module, _Activation) else None
+    return None if step is None else epilogue.activated(*step)
+
+
+def step_of(module: nn.Module, dtype: torch.dtype) -> tuple[str, float, float] | None:
+    """An activation as a step of an `Epilogue`, or `None` where the kernels have none like it."""
     match module:
         case nn.ReLU():
             return "clamp", 0.0, math.inf
@@ -391,51 +427,6 @@ class FrozenLeakyReLU(_Activation, nn.LeakyReLU): ...
 
 
 class FrozenGELU(_Activation, nn.GELU): ...
-
-
-@dataclass(eq=False)
-class FusedForward:
-    """The forward of a frozen `nn.Sequential`: a convolution, and the normalisation and activation right behind it, are
-    one call. Nothing else can read what lies between them, so that it needs no features of its own: a third of the time
-    that Python takes for the three."""
-
-    sequential: nn.Sequential
-
-    def __call__(self, input: Any) -> Any:
-        modules = list(self.sequential._modules.values())
-        place = 0
-        while place < len(modules):
-            module: Any = modules[place]
-            place += 1
-            if type(module) is not FrozenConv2d or hooked(module):
-                input = module(input)
-                continue
-            input = module.forward(input)
-            while place < len(modules) and _absorbs(input, modules[place]):
-                place += 1
-        return input
-
-
-def _absorbs(features: Any, module: Any) -> bool:
-    """Make a normalisation or activation part of the work of features that nothing else reads; whether it could be."""
-    if not isinstance(features, Features) or features._work is None or hooked(module):
-        return False
-    work = features._work
-    if type(module) is FrozenBatchNorm2d and not module.training:
-        epilogue = _normalised(features, module)
-    elif isinstance(module, _Activation):
-        step = _step(module, features.dtype)
-        epilogue = None if step is None else work.epilogue.activated(*step)
-    else:
-        return False
-    if epilogue is None:
-        return False
-    work.epilogue, work.steps, features.fill = epilogue, work.steps + 1, None
-    return True
-
-
-def hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 FOLLOWERS: dict[type[nn.Module], type[nn.Module]] = {

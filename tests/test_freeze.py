@@ -457,6 +457,30 @@ def wide_maps(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@case(
+    down=lambda: conv(groups=WIDTH, stride=2),
+    fewer=lambda: conv(inputs=3, kernel=1),
+    first=lambda: conv(outputs=3, kernel=1),
+    last=lambda: conv(outputs=3, kernel=1, bias=False),
+    grouped=lambda: conv(kernel=1, groups=2),
+    step=lambda: conv(kernel=1, stride=2),
+)
+def wide_maps_between_pointwise_layers(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def wide(layer: Any) -> Tensor:
+        return F.relu6(m.m(layer(F.relu(m.n(m.fewer(m.first(x)))))))
+
+    twice = wide(m.d)
+    return (
+        m.last(wide(m.down)),
+        F.relu(m.n(m.c(wide(m.d))) + x),
+        F.relu(m.c(wide(m.d))) + x,
+        m.c(twice) + twice,
+        m.grouped(wide(m.d)),
+        m.step(wide(m.d)),
+        m.a(m.c(wide(m.d) + x)),
+    )
+
+
 @case()
 def wide_map_read_twice(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     y = F.relu6(m.c(x))
@@ -469,9 +493,9 @@ def wide_maps_written_to(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     y = m.c(x)
     z = m.d(y)
     y.mul_(2)
-    other = m.d(m.c(x))
+    other, third = m.d(m.c(x)), m.c(m.d(m.c(x)))
     x.add_(1)
-    return m.n(z) + y, other, x
+    return m.n(z) + y, other, third, x
 
 
 # Geometry.
@@ -629,13 +653,16 @@ def test_wide_maps_in_strips(name: str, strip: int, monkeypatch: pytest.MonkeyPa
                 assert_same(frozen(x.clone()), double(x.clone()))
 
 
-@pytest.mark.parametrize("name", ["wide_maps", "wide_map_read_twice"])
-def test_a_wide_map_is_made_in_strips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("wide_maps", {2}), ("wide_map_read_twice", set()), ("wide_maps_between_pointwise_layers", {2, 3})],
+)
+def test_a_wide_map_is_made_in_strips(name: str, layers: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only a depthwise layer reads it; where something else does, it is made once, from the third pass on."""
     monkeypatch.setattr(strips, "WIDE", 0)
-    ran: list[Any] = []
+    ran: list[int] = []
     run = strips.Strips.run
-    monkeypatch.setattr(strips.Strips, "run", lambda *args: (ran.append(args), run(*args))[1])
+    monkeypatch.setattr(strips.Strips, "run", lambda *args: (ran.append(2 + (args[0].wide is not None)), run(*args))[1])
     model, x = made(name), inputs(1, 12, 11, torch.float64)
     with forced("indirect"), torch.no_grad():
         frozen = freeze(model, x)
@@ -643,7 +670,7 @@ def test_a_wide_map_is_made_in_strips(name: str, monkeypatch: pytest.MonkeyPatch
             frozen(x)
         ran.clear()
         frozen(x)
-        assert bool(ran) == (name == "wide_maps")
+        assert set(ran) == layers
 
 
 def masks_of(batch: int, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -144,9 +144,21 @@ class Prepared:
         """See `run`; `weights`, packed alike, go before those that it was made with."""
         if out is None:
             out = workspace.empty(inputs if table is None else table.shape[0], self.outputs, rows)
-        operands = self._weights if weights is None else weights, self._scale, self._shift, residual
-        self._kernel.launch(rows, operands, out, table, inputs, self._bounds, 0.0)
+        self.job(rows, residual, table, inputs, out, weights).run()
         return out
+
+    def job(
+        self,
+        rows: Tensor,
+        residual: Tensor | None,
+        table: Tensor | None,
+        inputs: int,
+        out: Tensor,
+        weights: Tensor | None = None,
+    ) -> Job:
+        """What `run` does, to be run later, once or often, while all of these are there."""
+        operands = self._weights if weights is None else weights, self._scale, self._shift, residual
+        return self._kernel.job(rows, operands, out, table, inputs, self._bounds, 0.0)
 
 
 def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float, out: Tensor | None = None) -> Tensor:
@@ -167,8 +179,35 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     by_channel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
     kernel = _Kernel(by_channel, channels, channels, 1, panels, panels, width, dtype)
     bounds = bits(-math.inf), bits(math.inf)
-    kernel.launch(rows, (none, one, none, None), out, table, inputs, bounds, outside)
+    kernel.job(rows, (none, one, none, None), out, table, inputs, bounds, outside).run()
     return out
+
+
+class Job:
+    """A kernel and what it is to be run on.
+
+    Attributes:
+        numbers: those that `sparsenet.kernels.convolution.FIELDS` names.
+        held: what they are addresses of, beside what the caller has.
+    """
+
+    __slots__ = ("held", "kernel", "numbers", "threads")
+
+    def __init__(self, kernel: machine.Launch, numbers: list[int], threads: int, held: tuple[Tensor, ...]):
+        self.kernel = kernel
+        self.numbers = numbers
+        self.threads = threads
+        self.held = held
+
+    def run(self, **fields: int) -> None:
+        """Run it, on other rows if these are named: a part of a map that lies elsewhere in the same memory."""
+        for name, number in fields.items():
+            self.numbers[PLACES[name]] = number
+        if self.numbers[PLACES["sites"]] > 0:
+            self.kernel(self.numbers, self.threads)
+
+
+PLACES = {name: place for place, name in enumerate(convolution.FIELDS)}
 
 
 class _Kernel:
@@ -199,7 +238,7 @@ class _Kernel:
         self.at_once = convolution.tile(width // machine.lanes(dtype))
         self.dtype = dtype
 
-    def launch(
+    def job(
         self,
         rows: Tensor,
         operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
@@ -208,13 +247,11 @@ class _Kernel:
         inputs: int,
         bounds: tuple[int, int],
         outside: float,
-    ) -> None:
-        """Run on weights, scale, shift and residual."""
+    ) -> Job:
+        """On weights, scale, shift and residual."""
         if table is None:
             table = _itself(inputs)
         sites, taps = table.shape
-        if sites == 0:
-            return
         weights, scale, shift, residual = operands
         # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
         panel = weights.numel() // self.panels
@@ -228,36 +265,34 @@ class _Kernel:
             if share >= sites:
                 ahead = panel // taps if self.by_tap else panel * threads
         length = rows.shape[1] + self.width
-        nothing = constant(length, 0.0, self.dtype)  # these two are held while it runs
+        nothing = constant(length, 0.0, self.dtype)
         beyond = nothing if outside == 0 else constant(length, outside, self.dtype)
-        self.kernel(
-            (
-                rows.data_ptr(),
-                table.data_ptr(),
-                weights.data_ptr(),
-                scale.data_ptr(),
-                shift.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
-                out.data_ptr(),
-                nothing.data_ptr(),
-                beyond.data_ptr(),
-                sites,
-                taps,
-                self.channels,
-                rows.stride(0),
-                self.outputs,
-                self.each,
-                self.panels,
-                self.group_panels,
-                max(1, share // self.at_once) * self.at_once,
-                self.together,
-                inputs,
-                0,
-                ahead,
-                *bounds,
-            ),
-            threads,
-        )
+        numbers = [
+            rows.data_ptr(),
+            table.data_ptr(),
+            weights.data_ptr(),
+            scale.data_ptr(),
+            shift.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            nothing.data_ptr(),
+            beyond.data_ptr(),
+            sites,
+            taps,
+            self.channels,
+            rows.stride(0),
+            self.outputs,
+            self.each,
+            self.panels,
+            self.group_panels,
+            max(1, share // self.at_once) * self.at_once,
+            self.together,
+            inputs,
+            0,
+            ahead,
+            *bounds,
+        ]
+        return Job(self.kernel, numbers, threads, (table, weights, nothing, beyond))
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
+from sparsenet.work import Layer
 
 
 @rule(F.batch_norm)
@@ -37,7 +38,10 @@ def batch_norm(
         return x.like(func(x.value, mean, var, weight, bias, False, momentum, eps))
 
     if not training:
-        following = x.then(normalised(x, running_mean, running_var, weight, bias, eps))
+        following = None
+        if x._work is not None and x.form.plain:
+            layer, epilogue = x._work.layer, x._work.epilogue
+            following = x.then(normalised(layer, epilogue, running_mean, running_var, weight, bias, eps))
         return by_running_statistics() if following is None else following
     local = len(x.selection.sites(x.grid))
     if isinstance(x, SparseFeatures) and not x.full and group is None and local > 1:
@@ -82,14 +86,19 @@ def normalised_over(
 
 
 def normalised(
-    x: Features, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    layer: Layer,
+    epilogue: Epilogue,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Epilogue | None:
-    """The epilogue of the work that a layer has yet to do, with normalisation by running statistics as its next step,
-    or `None` where it cannot be."""
-    work = x._work
-    if work is None or mean is None or var is None or not x.form.plain or mean.shape[0] != work.outputs:
+    """The epilogue of a layer's work on a plain map, with normalisation by running statistics as its next step, or
+    `None` where it cannot be."""
+    if mean is None or var is None or mean.shape[0] != layer.outputs:
         return None
-    return work.layer.normalised(work.epilogue, Norm(mean, var, weight, bias, eps))
+    return layer.normalised(epilogue, Norm(mean, var, weight, bias, eps))
 
 
 def _total(values: Tensor, group: Any) -> Tensor:

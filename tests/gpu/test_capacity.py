@@ -105,8 +105,11 @@ def test_what_waits_for_the_device_cannot_be_recorded() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * float(x.sum())
 
+    stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
         sparsenet.freeze(Waiting().cuda(), images(dtype=torch.float32), cuda_graph=True)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(4, device="cuda").unique().numel() == 4  # random numbers are there as before
 
 
 def test_tensors_on_two_devices() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsenet
+from sparsenet.chains import FusedForward
 from sparsenet.frozen_branch import DirectForward
-from sparsenet.frozen_modules import FrozenConv2d, FusedForward
+from sparsenet.frozen_modules import FrozenConv2d
 from sparsenet.selector.selective_module import SelectiveModule
 
 SWITCHES = ("dilated", "non_local", "deconv", "skip", "separable")

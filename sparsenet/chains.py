@@ -1,0 +1,192 @@
+"""Convolutions that follow one another in a frozen `nn.Sequential`, each with the normalisation and activation right
+behind it, as one call. Nothing else can read what lies between them, so that it needs no features of its own, and what
+each is computed by is found once: to find it, and to make features, takes Python longer than a small layer to compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsenet.backends import workspace
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Indirect
+from sparsenet.features import Features, SparseFeatures
+from sparsenet.form import Form
+from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
+from sparsenet.selection import Selection
+from sparsenet.sites import Pair
+
+
+class FusedForward:
+    """The forward of a frozen `nn.Sequential`."""
+
+    def __init__(self, sequential: nn.Sequential):
+        self.sequential = sequential
+        self._links = Links()
+
+    def __call__(self, input: Any) -> Any:
+        modules = self._modules([])
+        place = 0
+        while place < len(modules):
+            links = self._links.of(modules, place)
+            if not links:
+                input = modules[place](input)
+                place += 1
+            elif len(links) > 1 and reads_at_once(input, links):
+                input = computed(input, links)
+                place += sum(map(len, links))
+            else:
+                input, done = following(input, links)
+                place += done
+        return input
+
+    def _modules(self, found: list[Any]) -> list[Any]:
+        """The modules, and those of containers among them that are called alike."""
+        for module in self.sequential._modules.values():
+            within = vars(module).get("forward")
+            if type(within) is FusedForward and not hooked(module):
+                within._modules(found)
+            else:
+                found.append(module)
+        return found
+
+
+class Links:
+    """The links of a list of modules, kept from pass to pass."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Link] = {}
+
+    def of(self, modules: list[Any], place: int) -> list[Link]:
+        """Of the convolutions that follow one another from a place on."""
+        links = []
+        while place < len(modules) and type(modules[place]) is FrozenConv2d and not hooked(modules[place]):
+            link = self._kept.get(place)
+            if link is None or not link.holds(modules, place):
+                link = self._kept[place] = Link(modules, place)
+            links.append(link)
+            place += len(link)
+        return links
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": {}}
+
+
+class Link:
+    """A convolution of a list of modules, and those behind it that become part of its work.
+
+    Attributes:
+        convolution: the first of them.
+        epilogue: of its work, with all steps.
+    """
+
+    def __init__(self, modules: list[Any], place: int):
+        self.convolution: FrozenConv2d = modules[place]
+        self.layer = self.convolution.layer
+        self.epilogue = Epilogue(shift=self.convolution._parameters["bias"])
+        self._modules = modules[place : place + 1]
+        for module in modules[place + 1 :]:
+            epilogue = None if hooked(module) else behind(self.layer, self.epilogue, module, self.layer.dtype)
+            if epilogue is None:
+                break
+            self.epilogue = epilogue
+            self._modules.append(module)
+        self._tensors, self._state = self._seen()
+        self._prepared: tuple[Indirect, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def holds(self, modules: list[Any], place: int) -> bool:
+        """Whether the same modules are there, as they were."""
+        same = modules[place : place + len(self)] == self._modules and not any(map(hooked, self._modules))
+        return same and self._state is not None and self._seen()[1] == self._state
+
+    def _seen(self) -> tuple[list[Tensor | None], list[Any] | None]:
+        """The tensors that the epilogue is made of, and their state and that of the modules; `None` for tensors of
+        inference mode, whose writes are not counted."""
+        convolution, *others = self._modules
+        tensors: list[Tensor | None] = [convolution._parameters["bias"]]
+        state: list[Any] = []
+        for module in others:
+            if type(module) is FrozenBatchNorm2d:
+                tensors += module._buffers.values()
+                tensors += module._parameters.values()
+                state += [module.training, module.eps]
+            else:
+                state.append(step_of(module, self.layer.dtype))
+        try:
+            state += [None if tensor is None else (id(tensor), tensor._version) for tensor in tensors]
+        except RuntimeError:
+            return tensors, None
+        return tensors, state
+
+    def prepared(self) -> Any:
+        """The direct kernel that computes it where a mask guides it, or `None` where something else does."""
+        way = self.layer.kernels("guided")
+        if way is None:
+            return None
+        if self._prepared is None or self._prepared[0] is not way:
+            self._prepared = way, way.ready(self.epilogue)
+        return self._prepared[1]
+
+    def compute(self, rows: Tensor, selection: Selection, grid: Pair, full: bool) -> tuple[Tensor, Pair]:
+        """The rows of what it gives, and their grid, by the direct kernel."""
+        (window, out_grid), pointwise = self.convolution.geometry(Form.plain_of(rows.shape[1]), grid)
+        inputs, table = rows.shape[0], None
+        if full or not pointwise:
+            table = selection.kernel_map(grid, full, window, out_grid).table
+        out = workspace.empty(inputs if table is None else table.shape[0], self.layer.outputs, rows)
+        self.layer.count("guided")
+        return self.prepared().run(rows, None, table, inputs, out), out_grid
+
+
+def reads_at_once(x: Any, links: list[Link]) -> bool:
+    """Whether direct kernels compute all but the last of these of features of active pixels, one after the other."""
+    if not isinstance(x, SparseFeatures) or not x.form.plain or x.selection.observers:
+        return False
+    if x.selection.options.backend != "auto" or (x._work is not None and x._work.gate is not None):
+        return False
+    channels, dtype = x.form.channels[0], x.dtype
+    for link in links:
+        if link.convolution.in_channels != channels or link.layer.dtype != dtype:
+            return False
+        channels = link.layer.outputs
+    return all(link.prepared() is not None for link in links[:-1])
+
+
+def computed(x: SparseFeatures, links: list[Link]) -> Features:
+    """What links give of features that they read at once: the last one's work waits for what follows."""
+    *links, last = links
+    selection, rows, grid, full = x.selection, x.computed(), x.grid, x.full
+    for link in links:
+        rows, grid = link.compute(rows, selection, grid, full)
+        full = False
+    work = last.convolution.work(last.layer, rows, selection, Form.plain_of(rows.shape[1]), grid, full=False)
+    work.epilogue, work.steps = last.epilogue, len(last) - 1
+    fill = None if len(last) > 1 else last.convolution._buffers["fill"]
+    return type(x).deferred(work, selection, work.reads.out_grid, full=False, fill=fill)
+
+
+def following(input: Any, links: list[Link]) -> tuple[Any, int]:
+    """What links give of anything, as far as the work of one can be read by the next; and how many modules that is."""
+    features = links[0].convolution.forward(input)
+    if not isinstance(features, Features) or features._work is None:
+        return features, 1
+    work, done, fill = features._work, 0, None
+    for link in links:
+        if done:
+            after = link.convolution.follows(work)
+            if after is None:
+                break
+            work = after
+        work.epilogue, work.steps = link.epilogue, len(link) - 1
+        fill = None if len(link) > 1 else link.convolution._buffers["fill"]
+        done += len(link)
+    return type(features).deferred(work, work.selection, work.reads.out_grid, full=False, fill=fill), done
+
+
+def hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
