@@ -17,6 +17,7 @@ from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
+from sparsenet.work import Work
 
 
 class FusedForward:
@@ -123,6 +124,16 @@ class Link:
             return tensors, None
         return tensors, state
 
+    def whole(self, work: Work) -> Work:
+        """The convolution's work, made that of the whole link."""
+        work.epilogue, work.steps = self.epilogue, len(self) - 1
+        return work
+
+    def features(self, kind: type[Features], work: Work) -> Features:
+        """What its work gives when it is read."""
+        fill = None if len(self) > 1 else self.convolution._buffers["fill"]
+        return kind.deferred(work, work.selection, work.reads.out_grid, full=False, fill=fill)
+
     def prepared(self) -> Any:
         """The direct kernel that computes it where a mask guides it, or `None` where something else does."""
         way = self.layer.kernels("guided")
@@ -165,27 +176,22 @@ def computed(x: SparseFeatures, links: list[Link]) -> Features:
         rows, grid = link.compute(rows, selection, grid, full)
         full = False
     work = last.convolution.work(last.layer, rows, selection, Form.plain_of(rows.shape[1]), grid, full=False)
-    work.epilogue, work.steps = last.epilogue, len(last) - 1
-    fill = None if len(last) > 1 else last.convolution._buffers["fill"]
-    return type(x).deferred(work, selection, work.reads.out_grid, full=False, fill=fill)
+    return last.features(type(x), last.whole(work))
 
 
 def following(input: Any, links: list[Link]) -> tuple[Any, int]:
     """What links give of anything, as far as the work of one can be read by the next; and how many modules that is."""
-    features = links[0].convolution.forward(input)
+    first, *others = links
+    features = first.convolution.forward(input)
     if not isinstance(features, Features) or features._work is None:
         return features, 1
-    work, done, fill = features._work, 0, None
-    for link in links:
-        if done:
-            after = link.convolution.follows(work)
-            if after is None:
-                break
-            work = after
-        work.epilogue, work.steps = link.epilogue, len(link) - 1
-        fill = None if len(link) > 1 else link.convolution._buffers["fill"]
-        done += len(link)
-    return type(features).deferred(work, work.selection, work.reads.out_grid, full=False, fill=fill), done
+    work, last, done = first.whole(features._work), first, len(first)
+    for link in others:
+        after = link.convolution.follows(work)
+        if after is None:
+            break
+        work, last, done = link.whole(after), link, done + len(link)
+    return last.features(type(features), work), done
 
 
 def hooked(module: Any) -> bool:

@@ -38,7 +38,6 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "reflecting": lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="reflect"),
     "grouped": lambda: nn.Conv2d(WIDTH, WIDTH, 1, groups=2),
     "norm": lambda: nn.BatchNorm2d(WIDTH),
-    "plain norm": lambda: nn.BatchNorm2d(WIDTH, affine=False),
     "relu": lambda: nn.ReLU(inplace=True),
     "relu6": nn.ReLU6,
     "leaky": lambda: nn.LeakyReLU(0.2),
