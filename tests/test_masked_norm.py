@@ -50,6 +50,7 @@ def in_one_process(rank: int, folder: Path) -> None:
         torch.distributed.all_reduce(loss)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         found[backend] = {"loss": loss, "state": model.state_dict(), "gradients": gradients}
+    torch.distributed.destroy_process_group()  # whose threads may end a process that exits with them (SIGABRT)
     torch.save(found, folder / f"{rank}.pt")
 
 
