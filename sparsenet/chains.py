@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Indirect
 from sparsenet.features import Features, SparseFeatures
 from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
@@ -94,8 +93,8 @@ class Link:
                 break
             self.epilogue = epilogue
             self._modules.append(module)
+        # The tensors are kept too, so that no other can have their identity.
         self._tensors, self._state = self._seen()
-        self._prepared: tuple[Indirect, Any] | None = None
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -134,24 +133,17 @@ class Link:
         fill = None if len(self) > 1 else self.convolution._buffers["fill"]
         return kind.deferred(work, work.selection, work.reads.out_grid, full=False, fill=fill)
 
-    def prepared(self) -> Any:
-        """The direct kernel that computes it where a mask guides it, or `None` where something else does."""
-        way = self.layer.kernels("guided")
-        if way is None:
-            return None
-        if self._prepared is None or self._prepared[0] is not way:
-            self._prepared = way, way.ready(self.epilogue)
-        return self._prepared[1]
-
     def compute(self, rows: Tensor, selection: Selection, grid: Pair, full: bool) -> tuple[Tensor, Pair]:
-        """The rows of what it gives, and their grid, by the direct kernel."""
+        """The rows of what it gives, and their grid, by the direct kernel, which must be what computes it."""
+        way = self.layer.kernels("guided")
+        assert way is not None
         (window, out_grid), pointwise = self.convolution.geometry(Form.plain_of(rows.shape[1]), grid)
         inputs, table = rows.shape[0], None
         if full or not pointwise:
             table = selection.kernel_map(grid, full, window, out_grid).table
         out = workspace.empty(inputs if table is None else table.shape[0], self.layer.outputs, rows)
         self.layer.count("guided")
-        return self.prepared().run(rows, None, table, inputs, out), out_grid
+        return way.ready(self.epilogue).run(rows, None, table, inputs, out), out_grid
 
 
 def reads_at_once(x: Any, links: list[Link]) -> bool:
@@ -165,7 +157,7 @@ def reads_at_once(x: Any, links: list[Link]) -> bool:
         if link.convolution.in_channels != channels or link.layer.dtype != dtype:
             return False
         channels = link.layer.outputs
-    return all(link.prepared() is not None for link in links[:-1])
+    return all(link.layer.kernels("guided") is not None for link in links[:-1])
 
 
 def computed(x: SparseFeatures, links: list[Link]) -> Features:
