@@ -14,6 +14,7 @@ from sparsenet.backends.epilogue import Epilogue
 from sparsenet.features import Features, SparseFeatures
 from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
+from sparsenet.kernels import queue
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
 from sparsenet.work import Work
@@ -143,7 +144,8 @@ class Link:
             table = selection.kernel_map(grid, full, window, out_grid).table
         out = workspace.empty(inputs if table is None else table.shape[0], self.layer.outputs, rows)
         self.layer.count("guided")
-        return way.ready(self.epilogue).run(rows, None, table, inputs, out), out_grid
+        way.ready(self.epilogue).job(rows, None, table, inputs, out).wait()
+        return out, out_grid
 
 
 def reads_at_once(x: Any, links: list[Link]) -> bool:
@@ -167,6 +169,8 @@ def computed(x: SparseFeatures, links: list[Link]) -> Features:
     for link in links:
         rows, grid = link.compute(rows, selection, grid, full)
         full = False
+    if not x.kernels_wait:
+        queue.finish()
     work = last.convolution.work(last.layer, rows, selection, Form.plain_of(rows.shape[1]), grid, full=False)
     return last.features(type(x), last.whole(work))
 

@@ -37,7 +37,7 @@ from sparsenet.calls import is_in_place, name_of
 from sparsenet.form import Form
 from sparsenet.selection import Operation, Selection, kept_from_checkpoints
 from sparsenet.sites import ActiveSites, Pair
-from sparsenet.work import Work
+from sparsenet.work import Readers, Work
 
 Rule = Callable[..., Any]
 
@@ -129,7 +129,7 @@ class Features(torch.Tensor):
     _tied: bool = False  # in the graph by its mask only, not by its value
     _read: tuple[bool, int, Tensor] | None = None
     _lent: list[tuple[Tensor, int]]
-    _readers: list[ref[Work]]  # work that has yet to read the value; one list for all views
+    _readers: Readers  # of the value; the same for all views
     _shared: _Memory | None = None
 
     # -- what rules and models ask most, without the way through PyTorch's dispatch ------------------------------
@@ -207,7 +207,7 @@ class Features(torch.Tensor):
         features.fill = fill
         features._live = live
         features._lent = []
-        features._readers = []
+        features._readers = Readers(layers_only=False)
         return features
 
     @classmethod
@@ -219,6 +219,7 @@ class Features(torch.Tensor):
         features = cls._wrap(work.reads.rows, selection, grid, full, fill, True, form)
         features._held = None
         features._work = work
+        features._readers.layers_only = True
         return features
 
     def then(self, epilogue: Epilogue | None, into: Features | None = None) -> Features | None:
@@ -304,16 +305,16 @@ class Features(torch.Tensor):
 
     def writable(self) -> Tensor:
         """The value, to be written to. What is still to be computed from it is computed first."""
-        for reference in self._readers:
+        for reference in self._readers.waiting:
             work = reference()
             if work is not None:
                 work.result()
-        self._readers.clear()
+        self._readers.waiting.clear()
         return self.value
 
     def read_by(self, work: Work) -> None:
         """Work that will read the value when it is computed."""
-        self._readers.append(ref(work))
+        self._readers.waiting.append(ref(work))
         work.read_from.append(self._readers)
 
     @property
@@ -333,11 +334,14 @@ class Features(torch.Tensor):
     def _value(self) -> Tensor:
         if self._held is None:
             self._held = self._of_result(self._result())
+            self._readers.layers_only = False
+            self.selection.finish()
         return self._held
 
     @_value.setter
     def _value(self, value: Tensor) -> None:
         self._held, self._rows, self._work = value, None, None
+        self._readers.layers_only = False
 
     def _result(self) -> Tensor:
         """The rows that a layer's work gives."""
@@ -346,11 +350,20 @@ class Features(torch.Tensor):
             self._rows, self._work = self._work.result(), None
         return self._rows
 
+    @property
+    def kernels_wait(self) -> bool:
+        """Whether kernels that read the value may wait: nothing but layers has come by its memory."""
+        return self._readers.layers_only and self.selection.waits
+
     def computed(self) -> Tensor:
-        """The value as rows (n, C), in `MaskedFeatures` one for each pixel, each contiguous: for a layer to read."""
+        """The value as rows (n, C), in `MaskedFeatures` one for each pixel, each contiguous: for a layer to read, whose
+        kernels wait for those that have yet to write them."""
         self._check_writes()
         if self._held is None:
-            return self._result()
+            rows = self._result()
+            if not self.selection.waits:
+                self.selection.finish()
+            return rows
         if self._rows is not None:
             return self._rows
         value = self.value

@@ -30,6 +30,7 @@ from sparsenet.frozen_modules import (
     end_pass,
     refuse_weights,
 )
+from sparsenet.frozen_squeeze import SqueezeForward, squeezes
 from sparsenet.masked_conv import MaskedConv2d
 from sparsenet.masks import blobs
 from sparsenet.regions import Everywhere, Frame, Regions
@@ -151,6 +152,8 @@ def _replaced(model: nn.Module, backend: str, measurements: Measurements) -> Ite
         kind = type(module)
         if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
             module.forward = FusedForward(module)  # type: ignore[method-assign]
+        elif squeezes(module):
+            module.forward = SqueezeForward(module)
         elif kind in FOLLOWERS:
             module.__class__ = FOLLOWERS[kind]
         elif kind in (nn.Conv2d, MaskedConv2d, nn.Linear) and _packable(module._parameters.get("weight")):

@@ -15,6 +15,7 @@ from sparsenet import context
 from sparsenet.chains import FusedForward, Links
 from sparsenet.features import Features, as_rows, ordinary
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU
+from sparsenet.kernels import queue
 from sparsenet.selector import SelectiveModule
 
 
@@ -74,4 +75,5 @@ class DirectForward:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         for link in links:
             rows, grid = link.convolution.on_rows(rows, batch, grid, link.epilogue)
+        queue.finish()
         return rows.view(batch, *grid, rows.shape[1]).permute(0, 3, 1, 2)

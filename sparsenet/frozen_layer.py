@@ -13,6 +13,7 @@ from sparsenet import backends
 from sparsenet.backends.choice import Measurements
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Dense, Indirect, Norm, OnDevice, OnRows, Reads, Spec, Triton, Way, Winograd
+from sparsenet.kernels import queue
 from sparsenet.timing import clock_of
 
 # What another way must take of the first one's time to be chosen. It is colder memory that a measurement does not see:
@@ -93,6 +94,8 @@ class FrozenLayer:
             way = self._chosen[reads.kind] = self._fastest(reads.kind, reads, epilogue)
             self._drop()
         self.count(reads.kind)
+        if not way.waits:
+            queue.finish()
         return way.run(reads, epilogue)
 
     def count(self, kind: str) -> None:
@@ -108,8 +111,11 @@ class FrozenLayer:
         layer = f"{kind}: {geometry} {epilogue.activation} {epilogue.residual is not None}"
 
         def by(name: str) -> Tensor:
-            return self._way(name).run(reads, epilogue)
+            result = self._way(name).run(reads, epilogue)
+            queue.finish()
+            return result
 
+        queue.finish()  # what is read
         runs = {name: functools.partial(by, name) for name in names}
         self.milliseconds[kind] = found = self._measurements.of(layer, runs, clock_of(self.device))
         first, best = names[0], min(found, key=found.__getitem__)

@@ -22,7 +22,7 @@ from sparsenet.backends.workspace import Workspace
 from sparsenet.features import Departed, Features, Leaves, MaskedFeatures, SparseFeatures, ordinary
 from sparsenet.form import Form
 from sparsenet.frozen_layer import FrozenLayer
-from sparsenet.kernels import layout, machine
+from sparsenet.kernels import layout, machine, queue
 from sparsenet.masked_conv import by_rule
 from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import normalised
@@ -53,6 +53,7 @@ def begin_pass(memory: Workspace) -> None:
         setting.enter_context(torch.inference_mode(False))
         setting.enter_context(torch.no_grad())
     setting.enter_context(workspace.used(memory))
+    setting.enter_context(queue.waiting())
     _passes.set((*_passes.get(), _Pass(setting, {})))
 
 
@@ -111,11 +112,14 @@ class _Frozen(nn.Module):
         bias: Any = self.bias
         observers = context.current().observers
         if not observers:
-            return self.layer.run(reads, Epilogue(shift=bias))
+            result = self.layer.run(reads, Epilogue(shift=bias))
+            queue.finish()
+            return result
         with ExitStack() as uncounted:
             for observer in observers:
                 uncounted.enter_context(observer.uncounted())
             result = self.layer.run(reads, Epilogue(shift=bias))
+            queue.finish()
         macs = reads.outputs * prod(self.layer.shape)
         for observer in observers:
             observer.operation(Operation(name, "dense", (1, 1), macs, macs))
@@ -203,7 +207,9 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         else:
             value = x.to(memory_format=torch.channels_last, copy=True)
         held = selection or Everything(batch, x.device)
-        result = self.forward(MaskedFeatures.make(value, held, grid, full=False))
+        features = MaskedFeatures.make(value, held, grid, full=False)
+        features._readers.layers_only = True
+        result = self.forward(features)
         return ordinary(result).contiguous() if selection is None else result
 
     def _guided(self, x: Features) -> Tensor:
@@ -284,7 +290,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
         return Reads(rows, tables, grid[0] * grid[1], batch * out_grid[0] * out_grid[1], batch, grid, out_grid, True)
 
     def on_rows(self, rows: Tensor, batch: int, grid: Pair, epilogue: Epilogue) -> tuple[Tensor, Pair]:
-        """The rows of all pixels of a map, computed at once, and the grid of what it gives."""
+        """The rows of all pixels of a map, and the grid of what it gives, whose kernels may wait."""
         geometry, pointwise = self.geometry(Form.plain_of(self.in_channels), grid)
         reads = self._of_all_pixels(rows, batch, grid, geometry, pointwise)
         return self.layer.run(reads, epilogue), geometry.out_grid

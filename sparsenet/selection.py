@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsenet.kernels import queue
 from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Tiles, kernel_map, tiles
 
 
@@ -161,6 +162,7 @@ class Selection:
         self._gates: dict[Pair, Tensor | None] = {}
         self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
         self._tiles: dict[tuple[Pair, bool, Reading, Pair], Tiles] = {}
+        self._queue = queue.current()
         for observer in observers:
             observer.selected(self)
 
@@ -168,6 +170,16 @@ class Selection:
     def sizes(self) -> list[Pair]:
         """The entry's size and every size that the pass has met since."""
         return list(dict.fromkeys([self.size, *self._sites]))
+
+    @property
+    def waits(self) -> bool:
+        """Whether kernels may wait in the current queue: not in a thread that the model has begun itself."""
+        return self._queue is queue.current()
+
+    def finish(self) -> None:
+        """Run what waits."""
+        if self._queue is not None:
+            self._queue.run()
 
     def sites(self, size: Pair) -> ActiveSites:
         if size not in self._sites:

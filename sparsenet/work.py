@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm, Reads
+from sparsenet.kernels import queue
 from sparsenet.selection import Selection
 
 
@@ -29,7 +30,7 @@ class Layer(Protocol):
     breaks: set[int]
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        """Rows (n_out, O)."""
+        """Rows (n_out, O), which kernels of the current queue may have yet to write."""
 
     def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
         """An epilogue with normalisation as its next step, or `None`."""
@@ -58,6 +59,21 @@ class Gate:
         return None
 
 
+class Readers:
+    """Who reads a map, or what a layer gives.
+
+    Attributes:
+        waiting: work that has yet to read it, which must be computed before it is written to.
+        layers_only: whether nothing but layers has come by its memory, so that kernels which read it can wait.
+    """
+
+    __slots__ = ("layers_only", "waiting")
+
+    def __init__(self, layers_only: bool):
+        self.waiting: list[ref[Work]] = []
+        self.layers_only = layers_only
+
+
 class Work:
     """A layer, what it reads, and its epilogue so far.
 
@@ -66,8 +82,7 @@ class Work:
     that the layer remembers to stop there from the next pass on.
 
     Attributes:
-        read_from: for each map that it reads, the list of work that has yet to read it, which must be computed before
-            the map is written to.
+        read_from: the readers of each map that it reads, itself among them.
     """
 
     __slots__ = (
@@ -88,7 +103,7 @@ class Work:
         self.reads = reads
         self.epilogue = epilogue
         self.steps = steps
-        self.read_from: list[list[ref[Work]]] = []
+        self.read_from: list[Readers] = []
         self._continued = False
         self._result: Tensor | None = None
 
@@ -108,7 +123,7 @@ class Work:
     def read_like(self, other: Work) -> None:
         """It reads what another piece of work reads."""
         for readers in other.read_from:
-            readers.append(ref(self))
+            readers.waiting.append(ref(self))
         self.read_from += other.read_from
 
     def unshared(self) -> bool:
@@ -133,15 +148,21 @@ class Work:
         return following
 
     def result(self) -> Tensor:
-        """Rows (n_out, O)."""
+        """Rows (n_out, O), which kernels that wait in the selection's queue may have yet to write."""
         if self._result is None:
             if self._continued:
                 self.layer.breaks.add(self.steps)
+            waits = self.selection.waits
+            if not waits:
+                self.selection.finish()  # what it reads
             if not self.selection.observers:
                 self._result = self.layer.run(self.reads, self.epilogue)
+                if not waits or not all(readers.layers_only for readers in self.read_from):
+                    queue.finish()
                 return self._result
             with ExitStack() as observed:
                 for observer in self.selection.observers:
                     observed.enter_context(observer.computing(self))
                 self._result = self.layer.run(self.reads, self.epilogue)
+                queue.finish()
         return self._result

@@ -27,6 +27,7 @@ ORDER = (
         "frozen_modules",
         "chains",
         "frozen_branch",
+        "frozen_squeeze",
         "freeze",
         "cuda_graph",
         "traced",

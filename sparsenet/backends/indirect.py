@@ -16,6 +16,7 @@ from sparsenet.backends import rows as trainable
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.kernels import convolution, machine
+from sparsenet.kernels.queue import Job
 from sparsenet.sites import KernelMap
 
 # Multiply-accumulates of one piece of work, about: 50 µs of one thread, so that two threads end together and a
@@ -156,7 +157,7 @@ class Prepared:
         out: Tensor,
         weights: Tensor | None = None,
     ) -> Job:
-        """What `run` does, to be run later, once or often, while all of these are there."""
+        """What `run` does, to be run later, once or often."""
         operands = self._weights if weights is None else weights, self._scale, self._shift, residual
         return self._kernel.job(rows, operands, out, table, inputs, self._bounds, 0.0)
 
@@ -181,33 +182,6 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
     bounds = bits(-math.inf), bits(math.inf)
     kernel.job(rows, (none, one, none, None), out, table, inputs, bounds, outside).run()
     return out
-
-
-class Job:
-    """A kernel and what it is to be run on.
-
-    Attributes:
-        numbers: those that `sparsenet.kernels.convolution.FIELDS` names.
-        held: what they are addresses of, beside what the caller has.
-    """
-
-    __slots__ = ("held", "kernel", "numbers", "threads")
-
-    def __init__(self, kernel: machine.Launch, numbers: list[int], threads: int, held: tuple[Tensor, ...]):
-        self.kernel = kernel
-        self.numbers = numbers
-        self.threads = threads
-        self.held = held
-
-    def run(self, **fields: int) -> None:
-        """Run it, on other rows if these are named: a part of a map that lies elsewhere in the same memory."""
-        for name, number in fields.items():
-            self.numbers[PLACES[name]] = number
-        if self.numbers[PLACES["sites"]] > 0:
-            self.kernel(self.numbers, self.threads)
-
-
-PLACES = {name: place for place, name in enumerate(convolution.FIELDS)}
 
 
 class _Kernel:
@@ -292,7 +266,7 @@ class _Kernel:
             ahead,
             *bounds,
         ]
-        return Job(self.kernel, numbers, threads, (table, weights, nothing, beyond))
+        return Job(self.kernel, numbers, threads, rows, *operands, out, table, nothing, beyond)
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:

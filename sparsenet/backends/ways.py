@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparsenet import backends
 from sparsenet.backends import indirect, triton, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
+from sparsenet.kernels import queue, squeeze
 from sparsenet.sites import KernelMap, Pair, Tiles
 
 
@@ -64,6 +65,7 @@ class Reads(NamedTuple):
         """The same, with the gate already passed."""
         if self.gate is None:
             return self
+        queue.finish()
         rows = self.rows[: self.images * self.inputs]
         return self._replace(
             rows=torch.mul(rows, self.gate, out=workspace.empty(rows.shape[0], rows.shape[1], rows)), gate=None
@@ -102,9 +104,11 @@ class Way(Protocol):
 
     Attributes:
         name: "indirect", "winograd", "triton", "dense", or a backend's.
+        waits: whether its kernels wait in the queue of the pass, so that what they read may do so too.
     """
 
     name: str
+    waits: bool
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         """Rows (n_out, O)."""
@@ -172,10 +176,16 @@ class _ByKernel:
         return known[1]
 
 
+# Weights, next to the numbers of the rows, that are rather multiplied by a gate than the rows: it is done by a kernel
+# that waits, where rows that are multiplied end the waiting.
+MOST_GATED = 4
+
+
 class Indirect(_ByKernel):
     """The kernels of `sparsenet.kernels.convolution`."""
 
     name = "indirect"
+    waits = True
 
     def __init__(self, weight: Tensor, spec: Spec):
         self.packed = indirect.pack(weight, spec.groups)
@@ -186,17 +196,18 @@ class Indirect(_ByKernel):
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         weights = self.packed.weights
-        if reads.gate is not None and (self.packed.groups > 1 or weights.numel() > reads.rows.numel()):
+        if reads.gate is not None and (self.packed.groups > 1 or weights.numel() > MOST_GATED * reads.rows.numel()):
             reads = reads.multiplied()
-        if reads.gate is not None:  # fewer weights than rows: (1, panels, taps, C, width)
-            weights = weights * reads.gate[:, None]
+        if reads.gate is not None:  # (1, panels, taps, C, width)
+            plain, weights = weights, workspace.empty(1, weights.numel(), weights).view(weights.shape)
+            squeeze.gated(plain, reads.gate, weights).wait()
         table, prepared = reads.table, self.ready(epilogue)
         out = workspace.empty(reads.outputs, self.packed.shape[0], reads.rows)
         if table is None or reads.images == 1:
-            prepared.run(reads.rows, epilogue.residual, table, reads.inputs, out, weights)
+            prepared.job(reads.rows, epilogue.residual, table, reads.inputs, out, weights).wait()
         else:
             for rows, residual, part in reads.by_image(epilogue, out):
-                prepared.run(rows, residual, table, reads.inputs, part, weights)
+                prepared.job(rows, residual, table, reads.inputs, part, weights).wait()
         return out
 
 
@@ -204,6 +215,7 @@ class Winograd(_Beside):
     """3x3 convolution in fewer multiplications. What is made of the weight does not give it back to the last bit."""
 
     name = "winograd"
+    waits = True
 
     def __init__(self, weight: Tensor, spec: Spec):
         super().__init__(weight)
@@ -225,7 +237,7 @@ class Winograd(_Beside):
         tiles, prepared = reads.tables.tiles(), self.ready(epilogue)
         out = workspace.empty(reads.outputs, prepared.outputs, reads.rows)
         for rows, residual, part in reads.by_image(epilogue, out):
-            prepared.run(rows, residual, tiles, reads.inputs, part)
+            prepared.job(rows, residual, tiles, reads.inputs, part).wait()
         return out
 
 
@@ -233,6 +245,7 @@ class Triton:
     """The kernels of `sparsenet.kernels.triton_convolution`, for all images at once."""
 
     name = "triton"
+    waits = False
 
     def __init__(self, weight: Tensor, spec: Spec):
         self.packed = triton.pack(weight, spec.groups)
@@ -247,6 +260,8 @@ class Triton:
 
 class OnRows:
     """Another backend of rows, and the epilogue step by step."""
+
+    waits = False
 
     def __init__(self, name: str, weight: Tensor, spec: Spec):
         self.name = name
@@ -276,6 +291,7 @@ class Dense(_Beside):
     """oneDNN's convolution with packed weights, of maps of which every pixel is computed."""
 
     name = "dense"
+    waits = False
 
     def __init__(self, weight: Tensor, spec: Spec):
         super().__init__(weight)

@@ -16,6 +16,7 @@ from sparsenet.backends import indirect, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.indirect import bits, constant, padded
 from sparsenet.kernels import convolution, machine, winograd
+from sparsenet.kernels.queue import Job
 from sparsenet.sites import Tiles
 
 # Bytes of transformed weights, at most: there are 16 for 9, beside the weight itself. Without a limit SSD300 took
@@ -73,46 +74,42 @@ class Prepared:
         self._zeros = constant(self.channels + lanes, 0.0, dtype)
         self._bounds = bits(epilogue.low), bits(epilogue.high)
 
-    def run(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Tensor:
+    def job(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Job:
         """Masked convolution of rows (at least `inputs`, C) to `out`, rows (n_out, O), each contiguous."""
         count = len(tiles.reads)
-        if count == 0:
-            return out
         threads = torch.get_num_threads() if count * self._weights.numel() > indirect.ALONE else 1
         piece_tiles, piece_panels = self._piece(count, threads)
         scratch = winograd.scratch(piece_tiles, self._padded, self.width)
-        memory = workspace.empty(threads, scratch, rows)
-        self._kernel(
-            (
-                rows.data_ptr(),
-                tiles.reads.data_ptr(),
-                tiles.writes.data_ptr(),
-                self._weights.data_ptr(),
-                self._scale.data_ptr(),
-                self._shift.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
-                out.data_ptr(),
-                self._zeros.data_ptr(),
-                memory.data_ptr(),
-                count,
-                self.channels,
-                self._padded,
-                rows.stride(0),
-                self.outputs,
-                self.outputs,
-                self.panels,
-                piece_tiles,
-                piece_panels,
-                inputs,
-                len(out),
-                scratch,
-                0,
-                0,
-                *self._bounds,
-            ),
-            threads,
-        )
-        return out
+        memory = workspace.scratch(threads * scratch, rows)
+        numbers = [
+            rows.data_ptr(),
+            tiles.reads.data_ptr(),
+            tiles.writes.data_ptr(),
+            self._weights.data_ptr(),
+            self._scale.data_ptr(),
+            self._shift.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            self._zeros.data_ptr(),
+            memory.data_ptr(),
+            count,
+            self.channels,
+            self._padded,
+            rows.stride(0),
+            self.outputs,
+            self.outputs,
+            self.panels,
+            piece_tiles,
+            piece_panels,
+            inputs,
+            len(out),
+            scratch,
+            0,
+            0,
+            *self._bounds,
+        ]
+        made = self._weights, self._scale, self._shift, self._zeros
+        return Job(self._kernel, numbers, threads, rows, residual, out, tiles.reads, tiles.writes, memory, *made)
 
     def _piece(self, count: int, threads: int) -> tuple[int, int]:
         """Tiles and panels of a piece of work, so that each thread gets two at least: of few tiles, a piece computes

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsenet.kernels import queue
+
 # Elements from which memory is kept. The C library gives blocks of megabytes back to the system when they are freed,
 # and every page of the next one faults. Small blocks it keeps itself.
 LARGE = 1 << 18
@@ -73,10 +75,20 @@ class _Block:
 def empty(rows: int, channels: int, like: Tensor) -> Tensor:
     """Rows (n, C), not initialised, in the workspace of the current pass if there is one and they are large; on other
     devices PyTorch keeps memory itself."""
+    waiting = queue.current()
+    if waiting is not None:
+        waiting.expect(rows * channels * like.element_size())
     workspace = _current.get()
     if workspace is None or use_count is None or rows * channels < LARGE or like.device.type != "cpu":
         return like.new_empty(rows, channels)
     return workspace.take(rows * channels, like.dtype).view(rows, channels)
+
+
+def scratch(elements: int, like: Tensor) -> Tensor:
+    """Memory that a job writes to and reads again, (elements,), not initialised: those of a queue, which run one after
+    the other, have the same."""
+    waiting = queue.current()
+    return like.new_empty(elements) if waiting is None else waiting.scratch(elements, like)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,45 @@ import torch
 from sparsenet.kernels import loader
 from sparsenet.kernels.processor import processor
 
-Launch = Callable[[Sequence[int], int], Any]
-"""Runs a kernel: see `Kernel.compiled`."""
+
+class Launch:
+    """A compiled kernel.
+
+    Args:
+        address: of its function.
+        length: how many numbers its job has.
+    """
+
+    def __init__(self, address: int, length: int):
+        self._address = address
+        self._job_type = ctypes.c_int64 * length
+        self._on_this_thread = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    def job(self, numbers: Sequence[int]) -> Any:
+        """A job as the kernel reads it."""
+        return self._job_type(*numbers)
+
+    def run(self, job: Any, threads: int) -> None:
+        """On so many of PyTorch's threads (1: the calling one)."""
+        if threads == 1:
+            self._on_this_thread(ctypes.addressof(job))
+        else:
+            _parallel()(self._address, job, threads, 0)
+
+    def __call__(self, numbers: Sequence[int], threads: int) -> Any:
+        """Run it on a new job, and give that as the kernel leaves it."""
+        job = self.job(numbers)
+        self.run(job, threads)
+        return job
+
+
+@functools.cache
+def _parallel() -> Any:
+    """OpenMP's launch of a function on threads."""
+    function = ctypes.CDLL(None).GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
 
 
 @functools.cache
@@ -236,32 +273,13 @@ class Kernel:
         build.position_at_end(done)
 
     def compiled(self) -> Launch:
-        """A function that runs the kernel on a job, on so many of PyTorch's threads (1: the calling one), and gives the
-        job as the kernel leaves it."""
+        """The kernel, ready to run."""
         self.build.ret_void()
         # "no-builtins" keeps LLVM from making loops calls of the C library, which an image does not reach.
         source = str(self.module).replace(" nounwind\n", ' nounwind "no-builtins"\n')
-        launch = _launcher(loader.address(source, self.function.name), len(self.fields))
+        launch = Launch(loader.address(source, self.function.name), len(self.fields))
         # Instructions and blocks refer to one another, and would be some MB of garbage until it is collected.
         for block in self.function.blocks:
             block.instructions.clear()
         self.function.blocks.clear()
         return launch
-
-
-def _launcher(address: int, length: int) -> Launch:
-    job_type = ctypes.c_int64 * length
-    on_this_thread = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    on_threads = ctypes.CDLL(None).GOMP_parallel
-    on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    on_threads.restype = None
-
-    def launch(job: Sequence[int], threads: int) -> Any:
-        numbers = job_type(*job)
-        if threads == 1:
-            on_this_thread(ctypes.addressof(numbers))
-        else:
-            on_threads(address, numbers, threads, 0)
-        return numbers
-
-    return launch

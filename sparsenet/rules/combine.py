@@ -124,8 +124,8 @@ def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | 
         if not isinstance(layer, Features) or not isinstance(other, Tensor) or other is layer:
             continue
         if layer._work is None:
-            if func in _SCALING and not in_place and (gated := _gated(layer, other)) is not None:
-                return gated
+            if func in _SCALING and not in_place and (product := _gated(layer, other)) is not None:
+                return product
             continue
         into = parts[0] if in_place else None
         if into is not None and into is not layer and not (into.alone and into.selection is layer.selection):
@@ -151,8 +151,11 @@ def _with_residual(layer: Features, other: Tensor, into: Features | None) -> Fea
     if work is None:
         return None
     following = layer.then(work.epilogue.plus(rows.contiguous()), into)  # as the kernels read it
-    if following is not None and following._work is not None and other is not into:
-        other.read_by(following._work)
+    if following is not None and following._work is not None:
+        if other is into:
+            following._work.read_from.append(other._readers)
+        else:
+            other.read_by(following._work)
     return following
 
 
@@ -165,14 +168,19 @@ def _with_scale(layer: Features, other: Tensor, into: Features | None) -> Featur
 
 def _gated(x: Features, other: Tensor) -> Features | None:
     """The product of what a frozen layer gave with a number for each channel, as work: see `Gate`."""
-    rows, selection = x._rows, x.selection
-    if rows is None or isinstance(other, Features) or selection.observers:
+    rows = x._rows
+    if rows is None or isinstance(other, Features) or x.selection.observers:
         return None
     cells = _by_channel(x, other)
     if cells is None or indirect.unsupported(rows, 1) is not None:
         return None
     x._check_writes()
-    gate = cells.reshape(-1).clone()  # which may be written to before it is read
+    return gated(x, rows, cells.reshape(-1).clone())  # which may be written to before it is read
+
+
+def gated(x: Features, rows: Tensor, gate: Tensor) -> Features:
+    """The product of features that have rows with a number for each channel, (C,), as work: see `Gate`."""
+    selection = x.selection
     reads = Reads(rows, None, len(rows), len(rows), 1, x.grid, x.grid, selection.everything, gate)
     work = Work(Gate(rows.shape[1]), selection, reads, Epilogue())
     x.read_by(work)

@@ -74,9 +74,11 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     if x.form.padding is not None:
         raise Leaves(x.form.description)
     selection.report(Operation(name, "reduction", x.grid))
-    if x.dtype is torch.float32 and dtype is None and _of_a_layer(x):
+    if x.dtype is torch.float32 and dtype is None and of_a_layer(x):
         # Of a frozen layer's result no more than is needed: 2 % of EfficientNet, which asks in every block.
-        result = x.form.present((x.computed().sum(0) / (height * width))[None, :, None, None])
+        rows = x.computed()
+        selection.finish()
+        result = x.form.present((rows.sum(0) / (height * width))[None, :, None, None])
     elif isinstance(x, SparseFeatures | UnguidedFeatures):
         x.note_reading(name)
         dtype = x.dtype if dtype is None else dtype
@@ -96,6 +98,6 @@ def _mean_over_space(func: Any, x: Features, dims: list[int], keepdim: bool, dty
     return depart(func, x, result)
 
 
-def _of_a_layer(x: Features) -> bool:
+def of_a_layer(x: Features) -> bool:
     """Whether its rows are what a frozen layer gives for one image, and all that a mean is of."""
     return (x._work is not None or x._rows is not None) and x.selection.batch == 1 and not x.full

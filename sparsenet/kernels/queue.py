@@ -1,0 +1,119 @@
+"""Kernels that wait in a queue, as on a GPU's stream, until something other than a kernel reads what they write.
+
+Each kernel drives the interpreter out of the caches, so that Python between two of them takes about twice as long as
+Python that follows Python. A frozen model therefore goes through its modules as far as it can before it computes any of
+them (ResNet-50 at 448x448 and a density of 0.25: 0.89 of the time, MobileNetV2 at 0.2: 0.88).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from sparsenet.kernels.machine import Launch
+
+# Bytes of results, about, from which waiting kernels run: what they read and write is not used again before.
+MOST = 8 << 20
+
+
+class Job:
+    """A kernel and what it is to be run on.
+
+    Attributes:
+        numbers: those that the kernel's fields name.
+        held: what has the memory that they are addresses of.
+    """
+
+    __slots__ = ("held", "kernel", "numbers", "threads")
+
+    def __init__(self, kernel: Launch, numbers: list[int], threads: int, *held: Any):
+        self.kernel = kernel
+        self.numbers = numbers
+        self.threads = threads
+        self.held = held
+
+    def run(self) -> None:
+        self.kernel(self.numbers, self.threads)
+
+    def wait(self) -> None:
+        """Run after what waits in the current queue, or at once if there is none. The job itself may change then."""
+        queue = _current.get()
+        if queue is None:
+            self.run()
+        else:
+            queue.add(self)
+
+
+class Queue:
+    """The kernels of a pass that have yet to run, in order."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Launch, Any, int, Any]] = []
+        self._bytes = 0
+        self._scratch: Tensor | None = None
+        self._lock = threading.RLock()  # for threads of the model's own
+
+    def add(self, job: Job) -> None:
+        with self._lock:
+            self._waiting.append((job.kernel, job.kernel.job(job.numbers), job.threads, job.held))
+
+    def run(self) -> None:
+        """Run what waits."""
+        if not self._waiting:
+            return
+        with self._lock:
+            done = 0
+            try:
+                for launch, job, threads, _ in self._waiting:
+                    launch.run(job, threads)
+                    done += 1
+            finally:  # what an interrupt leaves is run with what follows
+                del self._waiting[:done]
+                self._bytes = 0
+
+    def expect(self, size: int) -> None:
+        """A job is about to come whose result has so many bytes."""
+        self._bytes += size
+        if self._bytes > MOST:
+            self.run()
+            self._bytes = size
+
+    def scratch(self, elements: int, like: Tensor) -> Tensor:
+        """Memory for a job alone, (elements,): the jobs run one after the other, so that all have the same."""
+        kept = self._scratch
+        if kept is None or kept.dtype != like.dtype or kept.numel() < elements:
+            kept = self._scratch = like.new_empty(elements)
+        return kept
+
+
+_current: ContextVar[Queue | None] = ContextVar("sparsenet.queue", default=None)
+
+
+def current() -> Queue | None:
+    """The queue of the current pass of a frozen model."""
+    return _current.get()
+
+
+def finish() -> None:
+    """Run what waits in the current queue, before anything but its kernels reads what they write, or writes to what
+    they read."""
+    queue = _current.get()
+    if queue is not None:
+        queue.run()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Let jobs wait inside, at most to the end; those of a pass within another one wait in the same queue."""
+    queue = _current.get() or Queue()
+    token = _current.set(queue)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        queue.run()
