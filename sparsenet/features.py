@@ -222,6 +222,16 @@ class Features(torch.Tensor):
         features._readers.layers_only = True
         return features
 
+    @classmethod
+    def of_kernel(
+        cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool, fill: Tensor | None = None, form: Form
+    ) -> Features:
+        """Features of rows (n, C), contiguous, that a kernel writes which may wait, and nothing else has seen."""
+        features = cls._wrap(rows, selection, grid, full, fill, True, form)
+        features._held, features._rows = None, rows
+        features._readers.layers_only = True
+        return features
+
     def then(self, epilogue: Epilogue | None, into: Features | None = None) -> Features | None:
         """These features after a step more of their layer's work, which has this epilogue then, or `None` where it
         cannot be part of it.
@@ -229,6 +239,8 @@ class Features(torch.Tensor):
         Args:
             into: what an in-place operation leaves it in; new features if `None`.
         """
+        if into is not None and not into.alone:
+            return None
         following = None if self._work is None else self._work.then(epilogue)
         if following is None:
             return None
@@ -249,6 +261,19 @@ class Features(torch.Tensor):
         the view has it: a head's convolution is viewed by anchors and classes before it leaves the region."""
         view = self.viewed_by(self.like(value, form=form))
         view.fill = fill
+        return view
+
+    def in_form(self, form: Form, fill: Tensor | None = None) -> Features:
+        """A view of the same channels in another form: of what a layer has yet to compute, too."""
+        if self._held is not None:
+            return self.as_view(self.value, form, fill)
+        self._check_writes()
+        rows = self._rows if self._work is None else self._work.reads.rows
+        assert rows is not None
+        view = self._wrap(rows, self.selection, self.grid, self.full, fill, self._live, form)
+        view._held, view._rows, view._work = None, self._rows, self._work
+        view._joins(self._memory)
+        view._lent, view._readers = self._lent, self._readers
         return view
 
     def viewed_by(self, view: Features) -> Features:
@@ -349,6 +374,11 @@ class Features(torch.Tensor):
             assert self._work is not None
             self._rows, self._work = self._work.result(), None
         return self._rows
+
+    @property
+    def has_value(self) -> bool:
+        """Whether its value has been made, as it is not of what frozen layers give to one another."""
+        return self._held is not None
 
     @property
     def kernels_wait(self) -> bool:

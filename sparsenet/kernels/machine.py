@@ -221,6 +221,20 @@ class Kernel:
         value = build.select(build.fcmp_ordered("<", value, low), low, value)
         return build.select(build.fcmp_ordered(">", value, high), high, value)
 
+    def total(self, value: Any) -> Any:
+        """The sum of the lanes, in every lane."""
+        kind, step = self.ir.VectorType(self.ir.IntType(32), self.lanes), self.lanes // 2
+        while step:
+            turned = self.ir.Constant(kind, [(lane + step) % self.lanes for lane in range(self.lanes)])
+            value = self.build.fadd(value, self.build.shuffle_vector(value, value, turned))
+            step //= 2
+        return value
+
+    def root(self, value: Any) -> Any:
+        """The square root, rounded once."""
+        function = self._intrinsic(f"llvm.sqrt.{self.suffix}", self.vector, [self.vector])
+        return self.build.call(function, [value])
+
     def polynomial(self, value: Any, coefficients: Sequence[float]) -> Any:
         """By Horner's rule, the constant first."""
         *lower, result = map(self.constant, coefficients)

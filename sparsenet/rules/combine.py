@@ -128,7 +128,7 @@ def _continued(func: Any, parts: tuple[Any, ...], in_place: bool) -> Features | 
                 return product
             continue
         into = parts[0] if in_place else None
-        if into is not None and into is not layer and not (into.alone and into.selection is layer.selection):
+        if into is not None and into.selection is not layer.selection:
             continue
         if func in _ADDING:
             following = _with_residual(layer, other, into)

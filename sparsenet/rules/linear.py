@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.backends import indirect, workspace
 from sparsenet.features import Features, Leaves, rule
+from sparsenet.kernels import norm, queue
 from sparsenet.selection import Operation
 
 
@@ -53,4 +55,36 @@ def matmul(func: Any, input: Any, other: Any) -> Features:
 @rule(F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, any_form=True)
 def layer_norm(func: Any, input: Features, normalized_shape: Any, *args: Any, **kwargs: Any) -> Features:
     dims = len(normalized_shape)
+    if func in (F.layer_norm, torch.layer_norm) and isinstance(input, Features):
+        by_kernel = _by_kernel(input, tuple(normalized_shape), *args, **kwargs)
+        if by_kernel is not None:
+            return by_kernel
     return over_last(input, dims, lambda cells: func(cells, normalized_shape, *args, **kwargs))
+
+
+def _by_kernel(
+    x: Features,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Features | None:
+    """Layer normalisation of what a frozen layer gives, by a kernel that waits for the layer's, or `None`."""
+    form, selection = x.form, x.selection
+    if x.has_value or selection.observers or form.channels != normalized_shape or form.order[-1] != "C":
+        return None
+    rows = x.computed()
+    if form.padding is not None or indirect.unsupported(rows, 1) is not None:
+        return None
+    channels = rows.shape[1]
+    weight = indirect.constant(channels, 1.0, rows.dtype) if weight is None else weight
+    bias = indirect.constant(channels, 0.0, rows.dtype) if bias is None else bias
+    for part in (weight, bias):
+        if isinstance(part, Features) or part.dtype != rows.dtype or not part.is_contiguous() or part.requires_grad:
+            return None
+    out = workspace.empty(rows.shape[0], channels, rows)
+    norm.layer_norm(rows, weight, bias, eps, out).wait()
+    if not x.kernels_wait:
+        queue.finish()
+    return type(x).of_kernel(out, selection, x.grid, full=x.full, form=form)

@@ -35,7 +35,7 @@ def permuted(x: Features, dims: Sequence[int]) -> Features:
         raise Leaves("names its dimensions wrongly")  # and PyTorch says so
     form, moved = x.form.permuted(dims)
     if moved == sorted(moved):
-        return x.as_view(x.value, form, x.fill)
+        return x.in_form(form, x.fill)
     cells, places = x.cells(x.value), [1 + place for place in moved]
     fill = None if x.fill is None else x.fill.view(x.form.channels).permute(moved).flatten()
     return x.as_view(x.packed(cells.permute(0, *places, -2, -1)), form, fill)
