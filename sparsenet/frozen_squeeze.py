@@ -28,11 +28,17 @@ _BESIDE = {"avgpool": nn.AdaptiveAvgPool2d, "bn": nn.Identity}
 
 def squeezes(module: nn.Module) -> bool:
     """Whether it is a block that can be one call."""
-    names = BLOCKS.get(_name(module))
-    if names is None or getattr(module, "add_maxpool", False):
-        return False
-    others = {name: part for name, part in module.named_children() if name not in names}
-    return all(type(part) is _BESIDE.get(name) for name, part in others.items())
+    known = _name(module) in BLOCKS and "forward" not in vars(module)
+    return known and not getattr(module, "add_maxpool", False) and _as_made(module)
+
+
+def _as_made(module: nn.Module) -> bool:
+    """Whether beside the chain there is nothing that changes what it gives."""
+    chain = BLOCKS[_name(module)]
+    others = [(name, part) for name, part in module._modules.items() if name not in chain]
+    return all(
+        type(part) is _BESIDE.get(name) and getattr(part, "output_size", 1) in (1, (1, 1)) for name, part in others
+    )
 
 
 def _name(module: nn.Module) -> str:
@@ -55,7 +61,7 @@ class SqueezeForward:
         selection, parts = x.selection, self.module._modules
         if not (of_a_layer(x) and x.form.plain) or selection.observers or selection.followed:
             return None
-        if selection.options.mean != "all" or any(map(hooked, parts.values())):
+        if selection.options.mean != "all" or any(map(hooked, parts.values())) or not _as_made(self.module):
             return None
         chain: list[Any] = [parts[name] for name in BLOCKS[_name(self.module)]]
         links = self._links.of(chain, 0)

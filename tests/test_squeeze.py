@@ -118,6 +118,10 @@ def a_hook_on_the_mean(frozen: Any) -> None:
     frozen.gate.avgpool.register_forward_hook(lambda module, args, output: output + 1)
 
 
+def another_pooling(frozen: Any) -> None:
+    frozen.gate.avgpool = nn.AdaptiveMaxPool2d(1)
+
+
 def another_activation(frozen: Any) -> None:
     frozen.gate.activation = nn.Tanh()
 
@@ -127,7 +131,7 @@ def another_bias(frozen: Any) -> None:
     frozen.gate.fc2.bias.add_(1)
 
 
-@pytest.mark.parametrize("change", [a_hook, a_hook_on_the_mean, another_activation, another_bias])
+@pytest.mark.parametrize("change", [a_hook, a_hook_on_the_mean, another_pooling, another_activation, another_bias])
 def test_what_has_changed_since(change: Callable[[Any], None]) -> None:
     model = made(BLOCKS["torchvision"]())
     frozen = sparsenet.freeze(model, images())
