@@ -14,7 +14,6 @@ from sparsenet.backends.epilogue import Epilogue
 from sparsenet.features import Features, SparseFeatures
 from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
-from sparsenet.kernels import queue
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
 from sparsenet.work import Work
@@ -169,8 +168,7 @@ def computed(x: SparseFeatures, links: list[Link]) -> Features:
     for link in links:
         rows, grid = link.compute(rows, selection, grid, full)
         full = False
-    if not x.kernels_wait:
-        queue.finish()
+    x.settle()
     work = last.convolution.work(last.layer, rows, selection, Form.plain_of(rows.shape[1]), grid, full=False)
     return last.features(type(x), last.whole(work))
 

@@ -35,6 +35,7 @@ from torch.utils.weak import TensorWeakRef
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.calls import is_in_place, name_of
 from sparsenet.form import Form
+from sparsenet.kernels import queue
 from sparsenet.selection import Operation, Selection, kept_from_checkpoints
 from sparsenet.sites import ActiveSites, Pair
 from sparsenet.work import Readers, Work
@@ -223,11 +224,9 @@ class Features(torch.Tensor):
         return features
 
     @classmethod
-    def of_kernel(
-        cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool, fill: Tensor | None = None, form: Form
-    ) -> Features:
+    def of_kernel(cls, rows: Tensor, selection: Selection, grid: Pair, *, full: bool, form: Form) -> Features:
         """Features of rows (n, C), contiguous, that a kernel writes which may wait, and nothing else has seen."""
-        features = cls._wrap(rows, selection, grid, full, fill, True, form)
+        features = cls._wrap(rows, selection, grid, full, None, True, form)
         features._held, features._rows = None, rows
         features._readers.layers_only = True
         return features
@@ -380,10 +379,11 @@ class Features(torch.Tensor):
         """Whether its value has been made, as it is not of what frozen layers give to one another."""
         return self._held is not None
 
-    @property
-    def kernels_wait(self) -> bool:
-        """Whether kernels that read the value may wait: nothing but layers has come by its memory."""
-        return self._readers.layers_only and self.selection.waits
+    def settle(self) -> None:
+        """Run the kernels that have come to read the value, unless they may wait, because nothing but layers has come
+        by its memory."""
+        if not (self._readers.layers_only and self.selection.waits):
+            queue.finish()
 
     def computed(self) -> Tensor:
         """The value as rows (n, C), in `MaskedFeatures` one for each pixel, each contiguous: for a layer to read, whose

@@ -28,13 +28,14 @@ _BESIDE = {"avgpool": nn.AdaptiveAvgPool2d, "bn": nn.Identity}
 
 def squeezes(module: nn.Module) -> bool:
     """Whether it is a block that can be one call."""
-    known = _name(module) in BLOCKS and "forward" not in vars(module)
-    return known and not getattr(module, "add_maxpool", False) and _as_made(module)
+    chain = BLOCKS.get(_name(module))
+    if chain is None or "forward" in vars(module) or getattr(module, "add_maxpool", False):
+        return False
+    return _as_made(module, chain)
 
 
-def _as_made(module: nn.Module) -> bool:
+def _as_made(module: nn.Module, chain: tuple[str, ...]) -> bool:
     """Whether beside the chain there is nothing that changes what it gives."""
-    chain = BLOCKS[_name(module)]
     others = [(name, part) for name, part in module._modules.items() if name not in chain]
     return all(
         type(part) is _BESIDE.get(name) and getattr(part, "output_size", 1) in (1, (1, 1)) for name, part in others
@@ -51,6 +52,7 @@ class SqueezeForward:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self._chain = BLOCKS[_name(module)]
         self._links = Links()
 
     def __call__(self, x: Any) -> Any:
@@ -61,9 +63,13 @@ class SqueezeForward:
         selection, parts = x.selection, self.module._modules
         if not (of_a_layer(x) and x.form.plain) or selection.observers or selection.followed:
             return None
-        if selection.options.mean != "all" or any(map(hooked, parts.values())) or not _as_made(self.module):
+        if (
+            selection.options.mean != "all"
+            or any(map(hooked, parts.values()))
+            or not _as_made(self.module, self._chain)
+        ):
             return None
-        chain: list[Any] = [parts[name] for name in BLOCKS[_name(self.module)]]
+        chain: list[Any] = [parts[name] for name in self._chain]
         links = self._links.of(chain, 0)
         if [len(link) for link in links] not in ([2, 2], [2, 1]):
             return None
@@ -84,6 +90,5 @@ class SqueezeForward:
             numbers = chain[3](cells)
             if type(numbers) is not Tensor or numbers.shape != cells.shape or numbers.dtype != cells.dtype:
                 return None
-        if not x.kernels_wait:
-            queue.finish()
+        x.settle()
         return gated(x, rows, numbers.reshape(-1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from sparsenet.backends.epilogue import Epilogue
 from sparsenet.bench import environment, gain, quartiles, using_threads
 from sparsenet.engines import bench_extra
 from sparsenet.masks import blobs
-from sparsenet.sites import ActiveSites, Tiles, Window, kernel_map, tiles
+from sparsenet.sites import ActiveSites, Window, kernel_map, tiles
 from sparsenet.timing import alternate
 
 CHANNELS = (64, 128, 256, 512)
@@ -74,12 +73,6 @@ def run(
                 yield from (_point(width, size, density, repeats) for density in densities)
 
 
-def _by_tiles(prepared: winograd.Prepared, rows: Tensor, cut: Tiles) -> Tensor:
-    out = torch.empty_like(rows)
-    prepared.job(rows, None, cut, len(rows), out).run()
-    return out
-
-
 def _point(channels: int, size: int, density: float, repeats: int) -> Point:
     torch.manual_seed(0)
     mask = blobs(1, (size, size), density)
@@ -108,7 +101,7 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
     if winograd.unsupported(weight, *window[1:], 1) is None:
         by_tiles = winograd.Prepared(winograd.pack(weight), epilogue)
         cut = tiles(sites, Window((3, 3), (1, 1), (1, 1)), sites)
-        runs["winograd"] = functools.partial(_by_tiles, by_tiles, rows, cut)
+        runs["winograd"] = lambda: by_tiles.run(rows, None, cut, len(rows), torch.empty_like(rows))
         ways.append("winograd")
     if _has_spconv():
         runs["spconv"] = lambda: spconv.convolve(padded, weight, bias, 1, table)

@@ -87,9 +87,7 @@ def by_winograd() -> Tensor:
     window = Window((3, 3), (1, 1), (1, 1), (1, 1))
     tiles = dense_tiles((9, 9), window, (9, 9), torch.device("cpu"))
     prepared = winograd.Prepared(winograd.pack(weight), Epilogue(activation="gelu"))
-    out = torch.empty(81, 35)
-    prepared.job(rows, None, tiles, 81, out).run()
-    return out
+    return prepared.run(rows, None, tiles, 81, torch.empty(81, 35))
 
 
 def indices() -> Tensor:

@@ -35,7 +35,7 @@ def by_tiles(
     target, rows = ActiveSites(out_mask), rows_of(x, source)
     memory = torch.full((len(target) + 2, len(weight)), 7.0, dtype=x.dtype)
     prepared = winograd.Prepared(winograd.pack(weight), epilogue)
-    prepared.job(rows, epilogue.residual, tiles(source, window, target), len(rows), memory[1:-1]).run()
+    prepared.run(rows, epilogue.residual, tiles(source, window, target), len(rows), memory[1:-1])
     assert torch.equal(memory[[0, -1]], torch.full_like(memory[:2], 7.0))
     return memory[1:-1]
 

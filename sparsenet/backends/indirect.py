@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from sparsenet.backends import rows as trainable
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.kernels import convolution, machine
+from sparsenet.kernels.machine import bits
 from sparsenet.kernels.queue import Job
 from sparsenet.sites import KernelMap
 
@@ -140,12 +140,11 @@ class Prepared:
         table: Tensor | None,
         inputs: int,
         out: Tensor | None = None,
-        weights: Tensor | None = None,
     ) -> Tensor:
-        """See `run`; `weights`, packed alike, go before those that it was made with."""
+        """See `run`."""
         if out is None:
             out = workspace.empty(inputs if table is None else table.shape[0], self.outputs, rows)
-        self.job(rows, residual, table, inputs, out, weights).run()
+        self.job(rows, residual, table, inputs, out).run()
         return out
 
     def job(
@@ -157,7 +156,8 @@ class Prepared:
         out: Tensor,
         weights: Tensor | None = None,
     ) -> Job:
-        """What `run` does, to be run later, once or often."""
+        """What `run` does, to be run later, once or often; `weights`, packed alike, go before those that it was made
+        with."""
         operands = self._weights if weights is None else weights, self._scale, self._shift, residual
         return self._kernel.job(rows, operands, out, table, inputs, self._bounds, 0.0)
 
@@ -299,10 +299,3 @@ def constant(length: int, fill: float, dtype: torch.dtype) -> Tensor:
 def _itself(sites: int) -> Tensor:
     """The kernel map of a layer whose sites read themselves."""
     return torch.arange(sites, dtype=torch.int32)[:, None]
-
-
-@functools.lru_cache(maxsize=256)
-def bits(number: float) -> int:
-    """A float64 as the integer of the same bits."""
-    found: int = struct.unpack("q", struct.pack("d", number))[0]
-    return found

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sparsenet.backends import indirect, workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.indirect import bits, constant, padded
+from sparsenet.backends.indirect import constant, padded
 from sparsenet.kernels import convolution, machine, winograd
+from sparsenet.kernels.machine import bits
 from sparsenet.kernels.queue import Job
 from sparsenet.sites import Tiles
 
@@ -74,8 +75,13 @@ class Prepared:
         self._zeros = constant(self.channels + lanes, 0.0, dtype)
         self._bounds = bits(epilogue.low), bits(epilogue.high)
 
-    def job(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Job:
+    def run(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Tensor:
         """Masked convolution of rows (at least `inputs`, C) to `out`, rows (n_out, O), each contiguous."""
+        self.job(rows, residual, tiles, inputs, out).run()
+        return out
+
+    def job(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Job:
+        """What `run` does, to be run later."""
         count = len(tiles.reads)
         threads = torch.get_num_threads() if count * self._weights.numel() > indirect.ALONE else 1
         piece_tiles, piece_panels = self._piece(count, threads)

@@ -85,7 +85,7 @@ def product(
     taps_at_once = kernel.integer(1) if by_tap else taps
     steps = build.mul(taps_at_once, build.sdiv(most, kernel.integer(unrolled)))
     all_weights = build.mul(panels, panel_size)
-    site_pieces = build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)
+    site_pieces = kernel.parts(sites, piece_sites)
 
     # Panels change slowest, so that one panel's weights stay in the cache while all sites pass.
     with kernel.pieces(build.mul(build.sdiv(panels, piece_panels), site_pieces)) as piece:
@@ -188,7 +188,7 @@ def by_channel(
         larger = build.fcmp_ordered(">", numbers, total)
         return build.select(build.or_(larger, build.fcmp_unordered("uno", numbers, numbers)), numbers, total)
 
-    with kernel.pieces(build.sdiv(build.add(sites, build.sub(piece_sites, kernel.integer(1))), piece_sites)) as piece:
+    with kernel.pieces(kernel.parts(sites, piece_sites)) as piece:
         first = build.mul(piece, piece_sites)
         count = kernel.smaller(build.sub(sites, first), piece_sites)
         with kernel.loop(panels) as over_panels:

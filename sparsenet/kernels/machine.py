@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class Launch:
         self._address = address
         self._job_type = ctypes.c_int64 * length
         self._on_this_thread = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        self._on_threads = ctypes.CDLL(None).GOMP_parallel
+        self._on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self._on_threads.restype = None
 
     def job(self, numbers: Sequence[int]) -> Any:
         """A job as the kernel reads it."""
@@ -44,7 +48,7 @@ class Launch:
         if threads == 1:
             self._on_this_thread(ctypes.addressof(job))
         else:
-            _parallel()(self._address, job, threads, 0)
+            self._on_threads(self._address, job, threads, 0)
 
     def __call__(self, numbers: Sequence[int], threads: int) -> Any:
         """Run it on a new job, and give that as the kernel leaves it."""
@@ -53,13 +57,11 @@ class Launch:
         return job
 
 
-@functools.cache
-def _parallel() -> Any:
-    """OpenMP's launch of a function on threads."""
-    function = ctypes.CDLL(None).GOMP_parallel
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
+@functools.lru_cache(maxsize=256)
+def bits(number: float) -> int:
+    """A float64 as the integer of the same bits: as a job holds it."""
+    found: int = struct.unpack("q", struct.pack("d", number))[0]
+    return found
 
 
 @functools.cache
@@ -162,6 +164,11 @@ class Kernel:
     def smaller(self, one: Any, other: Any) -> Any:
         """The smaller of two integers."""
         return self.build.select(self.build.icmp_signed("<", one, other), one, other)
+
+    def parts(self, length: Any, size: Any) -> Any:
+        """How many parts of a size a length has, of which the last may be smaller."""
+        build = self.build
+        return build.sdiv(build.add(length, build.sub(size, self.integer(1))), size)
 
     # -- memory ------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
 
-from sparsenet.kernels.machine import Kernel, Launch
+from sparsenet.kernels.machine import Kernel, Launch, bits
 from sparsenet.kernels.queue import Job
 
 # Rows of a piece of work.
@@ -22,10 +21,9 @@ def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tens
     """Rows (n, C) to `out`: each less its mean, by the root of its variance and `eps`, times the weight, plus the
     bias, both (C,). All are contiguous."""
     count, channels = rows.shape
-    share, least = (struct.unpack("q", struct.pack("d", number))[0] for number in (1 / channels, eps))
     addresses = (each.data_ptr() for each in (rows, weight, bias, out))
     threads = 1 if rows.numel() <= ALONE else torch.get_num_threads()
-    numbers = [*addresses, count, channels, share, least, 0]
+    numbers = [*addresses, count, channels, bits(1 / channels), bits(eps), 0]
     return Job(_layer_norm(rows.dtype), numbers, threads, rows, weight, bias, out)
 
 
@@ -38,8 +36,7 @@ def _layer_norm(dtype: torch.dtype) -> Launch:
     count, channels, length = kernel.field("count"), kernel.field("channels"), kernel.integer(PIECE)
     share, least, one = kernel.number("share"), kernel.number("least"), kernel.constant(1.0)
 
-    pieces = build.sdiv(build.add(count, kernel.integer(PIECE - 1)), length)
-    with kernel.pieces(pieces) as piece:
+    with kernel.pieces(kernel.parts(count, length)) as piece:
         first = build.mul(piece, length)
         with kernel.loop(kernel.smaller(build.sub(count, first), length)) as over_rows:
             place = build.mul(build.add(first, over_rows.index), channels)

@@ -4,12 +4,11 @@ number for each channel along."""
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
 
-from sparsenet.kernels.machine import Kernel, Launch
+from sparsenet.kernels.machine import Kernel, Launch, bits
 from sparsenet.kernels.queue import Job
 
 # Rows whose sum is added to that of the others at once: a sum of all one after the other is less exact.
@@ -25,8 +24,7 @@ ALONE = 1 << 15
 def mean(rows: Tensor, pixels: int, out: Tensor) -> Job:
     """The sums of rows (n, C), contiguous, by the number of pixels, to `out`, (C,)."""
     count, channels = rows.shape
-    factor = struct.unpack("q", struct.pack("d", 1 / pixels))[0]
-    numbers = [rows.data_ptr(), out.data_ptr(), count, channels, factor, 0]
+    numbers = [rows.data_ptr(), out.data_ptr(), count, channels, bits(1 / pixels), 0]
     return Job(_mean(rows.dtype), numbers, _threads(rows), rows, out)
 
 
@@ -46,20 +44,14 @@ def _threads(numbers: Tensor) -> int:
 def _mean(dtype: torch.dtype) -> Launch:
     kernel = Kernel(f"mean_{dtype.itemsize}", ("rows", "out", "count", "channels", "factor", "taken"), dtype)
     build, width = kernel.build, kernel.integer(VECTORS * kernel.lanes)
-    rows, out, count, channels = (
-        kernel.pointer("rows"),
-        kernel.pointer("out"),
-        *map(kernel.field, ("count", "channels")),
-    )
+    rows, out = map(kernel.pointer, ("rows", "out"))
+    count, channels = map(kernel.field, ("count", "channels"))
     factor, block = kernel.number("factor"), kernel.integer(BLOCK)
 
-    def parts(length: object, size: object) -> object:
-        return build.sdiv(build.add(length, build.sub(size, kernel.integer(1))), size)
-
-    with kernel.pieces(parts(channels, width)) as piece:
+    with kernel.pieces(kernel.parts(channels, width)) as piece:
         places = [build.add(build.mul(piece, width), kernel.integer(each * kernel.lanes)) for each in range(VECTORS)]
         masks = [kernel.first_lanes(build.sub(channels, place)) for place in places]
-        with kernel.loop(parts(count, block), [kernel.zero] * VECTORS) as over_blocks:
+        with kernel.loop(kernel.parts(count, block), [kernel.zero] * VECTORS) as over_blocks:
             start = build.mul(over_blocks.index, block)
             length = kernel.smaller(build.sub(count, start), block)
             with kernel.loop(length, [kernel.zero] * VECTORS) as over_rows:

@@ -68,7 +68,7 @@ def product(vectors: int, whole: bool, dtype: torch.dtype, residual: str | None,
     sums = kernel.at(own, build.mul(input_plane, kernel.integer(16)))
     sum_plane = build.add(build.mul(piece_tiles, kernel.integer(width)), apart)
     whole_vectors = build.mul(build.sdiv(channels, kernel.integer(kernel.lanes)), kernel.integer(kernel.lanes))
-    tile_pieces = build.sdiv(build.add(tiles, build.sub(piece_tiles, kernel.integer(1))), piece_tiles)
+    tile_pieces = kernel.parts(tiles, piece_tiles)
     panel_size = build.mul(channels, kernel.integer(16 * width))
 
     def gather(pointers: list[Any], target: Any, channel: Any, mask: Any) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsenet.backends import indirect, workspace
 from sparsenet.features import Features, Leaves, rule
-from sparsenet.kernels import norm, queue
+from sparsenet.kernels import norm
 from sparsenet.selection import Operation
 
 
@@ -85,6 +85,5 @@ def _by_kernel(
             return None
     out = workspace.empty(rows.shape[0], channels, rows)
     norm.layer_norm(rows, weight, bias, eps, out).wait()
-    if not x.kernels_wait:
-        queue.finish()
+    x.settle()
     return type(x).of_kernel(out, selection, x.grid, full=x.full, form=form)
