@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.features import Features, SparseFeatures
+from sparsenet.features import Features
 from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
+from sparsenet.programs import Programs
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
 from sparsenet.work import Work
@@ -25,18 +26,20 @@ class FusedForward:
     def __init__(self, sequential: nn.Sequential):
         self.sequential = sequential
         self._links = Links()
+        self._programs = Programs()
 
     def __call__(self, input: Any) -> Any:
         modules = self._modules([])
         place = 0
         while place < len(modules):
+            replayed = self._programs.run(modules, place, input)
+            if replayed is not None:
+                input, place = replayed
+                continue
             links = self._links.of(modules, place)
             if not links:
                 input = modules[place](input)
                 place += 1
-            elif len(links) > 1 and reads_at_once(input, links):
-                input = computed(input, links)
-                place += sum(map(len, links))
             else:
                 input, done = following(input, links)
                 place += done
@@ -145,32 +148,6 @@ class Link:
         self.layer.count("guided")
         way.ready(self.epilogue).job(rows, None, table, inputs, out).wait()
         return out, out_grid
-
-
-def reads_at_once(x: Any, links: list[Link]) -> bool:
-    """Whether direct kernels compute all but the last of these of features of active pixels, one after the other."""
-    if not isinstance(x, SparseFeatures) or not x.form.plain or x.selection.observers:
-        return False
-    if x.selection.options.backend != "auto" or (x._work is not None and x._work.gate is not None):
-        return False
-    channels, dtype = x.form.channels[0], x.dtype
-    for link in links:
-        if link.convolution.in_channels != channels or link.layer.dtype != dtype:
-            return False
-        channels = link.layer.outputs
-    return all(link.layer.kernels("guided") is not None for link in links[:-1])
-
-
-def computed(x: SparseFeatures, links: list[Link]) -> Features:
-    """What links give of features that they read at once: the last one's work waits for what follows."""
-    *links, last = links
-    selection, rows, grid, full = x.selection, x.computed(), x.grid, x.full
-    for link in links:
-        rows, grid = link.compute(rows, selection, grid, full)
-        full = False
-    x.settle()
-    work = last.convolution.work(last.layer, rows, selection, Form.plain_of(rows.shape[1]), grid, full=False)
-    return last.features(type(x), last.whole(work))
 
 
 def following(input: Any, links: list[Link]) -> tuple[Any, int]:

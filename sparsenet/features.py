@@ -46,6 +46,9 @@ RULES: dict[Any, Rule] = {}
 """Function, as `__torch_function__` sees it, to `rule(func, *args, **kwargs)`; filled by `sparsenet.rules`."""
 
 
+# What an operation gives that reads no pixel of a map.
+_DESCRIPTIONS = (bool, int, torch.Size, torch.dtype, torch.device)
+
 # The lowest fill where the mask takes gradient, which is of the size of the difference between a pixel's own value and
 # its fill. As a class score it still means never (5e-5 by softmax or sigmoid), and as the logarithm of a box's extent
 # 5e-5 of its anchor's.
@@ -515,9 +518,13 @@ class Features(torch.Tensor):
         if function is None:
             return leave(func, args, kwargs, "no rule for this operation")
         try:
-            return function(func, *args, **kwargs)
+            result = function(func, *args, **kwargs)
         except Leaves as reason:
             return leave(func, args, kwargs, str(reason))
+        tape = queue.tape()
+        if tape is not None and not isinstance(result, _DESCRIPTIONS):
+            tape.whole &= isinstance(result, Features) and result._work is not None
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

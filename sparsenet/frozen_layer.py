@@ -88,6 +88,11 @@ class FrozenLayer:
         way = self._chosen.get(kind)
         return way if isinstance(way, Indirect) else None
 
+    def waiting(self, kind: str) -> Indirect | Winograd | None:
+        """The kernels that wait, where they are what computes layers of a kind."""
+        way = self._chosen.get(kind)
+        return way if isinstance(way, Indirect | Winograd) else None
+
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         way = self._chosen.get(reads.kind)
         if way is None:

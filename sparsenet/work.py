@@ -157,6 +157,9 @@ class Work:
                 self.selection.finish()  # what it reads
             if not self.selection.observers:
                 self._result = self.layer.run(self.reads, self.epilogue)
+                tape = queue.tape()
+                if tape is not None:
+                    tape.work.append((self, self._result))
                 if not waits or not all(readers.layers_only for readers in self.read_from):
                     queue.finish()
                 return self._result

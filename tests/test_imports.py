@@ -25,6 +25,7 @@ ORDER = (
         "frozen_layer",
         "strips",
         "frozen_modules",
+        "programs",
         "chains",
         "frozen_branch",
         "frozen_squeeze",

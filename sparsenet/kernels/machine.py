@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,26 +34,24 @@ class Launch:
 
     def __init__(self, address: int, length: int):
         self._address = address
-        self._job_type = ctypes.c_int64 * length
+        self._length = length
         self._on_this_thread = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
         self._on_threads = ctypes.CDLL(None).GOMP_parallel
         self._on_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         self._on_threads.restype = None
 
-    def job(self, numbers: Sequence[int]) -> Any:
-        """A job as the kernel reads it."""
-        return self._job_type(*numbers)
-
-    def run(self, job: Any, threads: int) -> None:
-        """On so many of PyTorch's threads (1: the calling one)."""
+    def run(self, job: array[int], threads: int) -> None:
+        """Run it on a job, on so many of PyTorch's threads (1: the calling one)."""
+        address, length = job.buffer_info()
+        assert length == self._length
         if threads == 1:
-            self._on_this_thread(ctypes.addressof(job))
+            self._on_this_thread(address)
         else:
-            self._on_threads(self._address, job, threads, 0)
+            self._on_threads(self._address, address, threads, 0)
 
-    def __call__(self, numbers: Sequence[int], threads: int) -> Any:
+    def __call__(self, numbers: Sequence[int], threads: int) -> array[int]:
         """Run it on a new job, and give that as the kernel leaves it."""
-        job = self.job(numbers)
+        job = array("q", numbers)  # a third of the time that an array of ctypes takes
         self.run(job, threads)
         return job
 

@@ -8,6 +8,7 @@ them (ResNet-50 at 448x448 and a density of 0.25: 0.96 of the time, MobileNetV2 
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,18 +51,38 @@ class Job:
             queue.add(self)
 
 
-class Queue:
-    """The kernels of a pass that have yet to run, in order."""
+class Tape:
+    """What a part of a pass asks of kernels, while it is recorded.
+
+    Attributes:
+        work: of layers, in the order in which it was computed, each with its result.
+        whole: whether nothing else was asked of features.
+    """
+
+    __slots__ = ("whole", "work")
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Launch, Any, int, Any]] = []
+        self.work: list[tuple[Any, Tensor]] = []
+        self.whole = True
+
+
+class Queue:
+    """The kernels of a pass that have yet to run, in order.
+
+    Attributes:
+        tape: on which they are recorded, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.tape: Tape | None = None
+        self._waiting: list[tuple[Launch, array[int], int, Any]] = []
         self._bytes = 0
         self._scratch: Tensor | None = None
         self._lock = threading.RLock()  # for threads of the model's own
 
     def add(self, job: Job) -> None:
         with self._lock:
-            self._waiting.append((job.kernel, job.kernel.job(job.numbers), job.threads, job.held))
+            self._waiting.append((job.kernel, array("q", job.numbers), job.threads, job.held))
 
     def run(self) -> None:
         """Run what waits."""
@@ -108,6 +129,12 @@ def finish() -> None:
         queue.run()
 
 
+def tape() -> Tape | None:
+    """On which the current pass is recorded."""
+    queue = _current.get()
+    return None if queue is None else queue.tape
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Let jobs wait inside, at most to the end; those of a pass within another one wait in the same queue."""
@@ -118,3 +145,15 @@ def waiting() -> Iterator[None]:
     finally:
         _current.reset(token)
         queue.run()
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """Record what is asked for inside, in the current queue."""
+    queue = _current.get()
+    assert queue is not None
+    tape = queue.tape = Tape()
+    try:
+        yield tape
+    finally:
+        queue.tape = None
