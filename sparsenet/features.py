@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import TensorWeakRef
 
+from sparsenet.backends import indirect, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.calls import is_in_place, name_of
 from sparsenet.form import Form
@@ -480,11 +481,24 @@ class Features(torch.Tensor):
     def _filled(self, fill: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def dense(self, reader: str) -> Tensor:
-        """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read."""
+    def dense(self, reader: str, *, waits: bool = False) -> Tensor:
+        """The ordinary tensor (N, C, H, W), zero (or `fill`) at inactive pixels, for `reader` to read.
+
+        Args:
+            waits: whether a kernel may have yet to write it, for which `Selection.finish` is called before it is read.
+        """
         self.note_reading(reader)
-        masked = self._masked() if self.fill is None else self._filled(self.fill)
-        return self.form.present(masked)
+        spread = self._spread()
+        if spread is not None and not waits:
+            self.selection.finish()
+        if spread is None:
+            spread = self._masked() if self.fill is None else self._filled(self.fill)
+        return self.form.present(spread)
+
+    def _spread(self) -> Tensor | None:
+        """The ordinary map (N, C, H, W), zero or `fill` at inactive pixels, by a kernel that may wait, or `None` where
+        there is none."""
+        return None
 
     def note_reading(self, reader: str) -> None:
         """Reading through the mask where autograd does not look: should a gradient come back to the wrapper all
@@ -680,6 +694,19 @@ class SparseFeatures(Features):
 
     def whole(self) -> Tensor:
         return self.rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
+
+    def _spread(self) -> Tensor | None:
+        frozen = queue.current() is not None and self.selection.waits and not self.selection.observers
+        if not frozen or self.full or self.has_value or not self.form.plain or self.selection.device.type != "cpu":
+            return None
+        rows, (height, width) = self.computed(), self.grid
+        if indirect.unsupported(rows, 1) is not None:
+            return None
+        batch, channels = self.selection.batch, rows.shape[1]
+        table, inputs = self.selection.spread(self.grid), rows.shape[0]
+        out = workspace.empty(table.shape[0], channels, rows)
+        indirect.pooling("sum", channels, rows.dtype, 0.0).job(rows, None, table, inputs, out, self.fill).wait()
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def _masked(self) -> Tensor:
         return self._filled(self._value.new_zeros(()))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from sparsenet.masked_conv import by_rule
 from sparsenet.rules.conv import Geometry, geometry_of, pair
 from sparsenet.rules.norm import normalised
 from sparsenet.selection import Everything, Operation, Selection
-from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
+from sparsenet.sites import Pair
 from sparsenet.strips import in_strips
-from sparsenet.work import Layer, Work
+from sparsenet.work import Layer, OfActiveSites, OfAllPixels, Work
 
 
 @dataclass(frozen=True)
@@ -130,37 +130,6 @@ class _Frozen(nn.Module):
         per_site, pixels = prod(self.layer.shape), work.selection.batch * out_grid[0] * out_grid[1]
         backend = self.layer.chosen.get(work.reads.kind)
         return Operation(name, "guided", out_grid, work.reads.outputs * per_site, pixels * per_site, backend)
-
-
-class OfAllPixels(NamedTuple):
-    """The tables of a layer that no mask guides, those of one image."""
-
-    grid: Pair
-    window: Window
-    out_grid: Pair
-    device: torch.device
-
-    def table(self) -> Tensor:
-        return dense_table(*self)
-
-    def tiles(self) -> Tiles:
-        return dense_tiles(*self)
-
-
-class OfActiveSites(NamedTuple):
-    """The tables of a guided layer."""
-
-    selection: Selection
-    grid: Pair
-    full: bool
-    window: Window
-    out_grid: Pair
-
-    def table(self) -> Tensor:
-        return self.selection.kernel_map(*self[1:]).table
-
-    def tiles(self) -> Tiles:
-        return self.selection.tiles(*self[1:])
 
 
 class FrozenConv2d(_Frozen, nn.Conv2d):

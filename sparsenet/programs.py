@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from sparsenet.backends import workspace
+from sparsenet.backends import winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Reads, Winograd
+from sparsenet.backends.ways import Reads
 from sparsenet.features import Features, SparseFeatures
 from sparsenet.frozen_layer import FrozenLayer
-from sparsenet.frozen_modules import OfActiveSites
 from sparsenet.kernels import queue
+from sparsenet.rules.pool import MaxPool
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
-from sparsenet.work import Work
+from sparsenet.work import Layer, OfActiveSites, Work
 
 # Packages whose modules do nothing but compute, from features and from what they have.
 KNOWN = ("torch.", "torchvision.", "timm.", "sparsenet.frozen_", "sparsenet.chains")
@@ -127,7 +127,7 @@ class Step(NamedTuple):
         out_grid: of what it gives.
     """
 
-    layer: FrozenLayer
+    layer: Layer
     prepared: Any
     reads: int
     adds: int | None
@@ -154,22 +154,30 @@ def _steps(rows: Tensor, done: Sequence[tuple[Work, Tensor | None]]) -> list[Ste
     that wait."""
     registers, steps = {_place(rows): 0}, []
     for work, result in done:
-        layer, reads, residual = work.layer, work.reads, work.epilogue.residual
-        way = layer.waiting("guided") if isinstance(layer, FrozenLayer) else None
+        reads, residual, prepared = work.reads, work.epilogue.residual, _prepared(work)
         source = registers.get(_place(reads.rows))
         added = None if residual is None else registers.get(_place(residual))
         unknown = source is None or (residual is not None and added is None)
-        if way is None or unknown or reads.gate is not None or reads.everything or not reads.outputs:
+        if prepared is None or unknown or reads.gate is not None or reads.everything or not reads.outputs:
             return None
-        assert isinstance(layer, FrozenLayer) and source is not None
+        assert source is not None
         table = None
         if reads.tables is not None:
             assert isinstance(reads.tables, OfActiveSites)
-            table = Table(isinstance(way, Winograd), *reads.tables[1:])
-        steps.append(Step(layer, way.ready(work.epilogue), source, added, reads.grid, table, reads.out_grid))
+            table = Table(isinstance(prepared, winograd.Prepared), *reads.tables[1:])
+        steps.append(Step(work.layer, prepared, source, added, reads.grid, table, reads.out_grid))
         if result is not None:
             registers[_place(result)] = len(steps)
     return steps
+
+
+def _prepared(work: Work) -> Any:
+    """The kernel of work, with weights and epilogue, if it is one that waits."""
+    layer = work.layer
+    if isinstance(layer, MaxPool):
+        return layer.ready(work.dtype)
+    way = layer.waiting("guided") if isinstance(layer, FrozenLayer) else None
+    return None if way is None else way.ready(work.epilogue)
 
 
 def _place(rows: Tensor) -> tuple[int, torch.Size]:
@@ -203,6 +211,7 @@ class Program:
         self._epilogue, self._taken, self._fill = epilogue._replace(residual=None), taken, fill
         self._sizes = list(dict.fromkeys(step.out_grid for step in steps))
         self._tables = list(dict.fromkeys(step.table for step in steps if step.table is not None))
+        self._layers = [step.layer for step in self._steps if isinstance(step.layer, FrozenLayer)]
         self._places, self._buffers = _buffers(self._steps, self._last)
 
     def holds(self, modules: list[Any]) -> bool:
@@ -218,6 +227,8 @@ class Program:
         tables[None] = None
         lengths = [max(counts[size] * channels for size, channels in each) for each in self._buffers]
         buffers = [workspace.empty(length, 1, rows) for length in lengths]
+        for layer in self._layers:
+            layer.count("guided")
         registers = [rows]
         for step, place in zip(self._steps, self._places, strict=True):
             count, channels = counts[step.out_grid], step.layer.outputs
@@ -227,7 +238,6 @@ class Program:
                 out = buffers[place].as_strided((count, channels), (channels, 1))
             source = registers[step.reads]
             residual = None if step.adds is None else registers[step.adds]
-            step.layer.count("guided")
             current.add(step.prepared.job(source, residual, tables[step.table], source.shape[0], out))
             registers.append(out)
         x.settle()

@@ -161,6 +161,7 @@ class Selection:
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
         self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
+        self._spreads: dict[Pair, Tensor] = {}
         self._tiles: dict[tuple[Pair, bool, Reading, Pair], Tiles] = {}
         self._queue = queue.current()
         for observer in observers:
@@ -240,6 +241,12 @@ class Selection:
             source = self.everywhere(size) if full else self.sites(size)
             self._maps[key] = kernel_map(source, window, self.sites(out_size))
         return self._maps[key]
+
+    def spread(self, size: Pair) -> Tensor:
+        """The row of each pixel, or their number where it is inactive: int32 (N * H * W, 1)."""
+        if size not in self._spreads:
+            self._spreads[size] = self.sites(size).rank[:, :-1, :-1].reshape(-1, 1).contiguous()
+        return self._spreads[size]
 
     def tiles(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> Tiles:
         """As `kernel_map`, for a convolution that computes 2x2 outputs at once."""

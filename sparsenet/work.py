@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -13,6 +13,7 @@ from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm, Reads
 from sparsenet.kernels import queue
 from sparsenet.selection import Selection
+from sparsenet.sites import Pair, Tiles, Window, dense_table, dense_tiles
 
 
 class Layer(Protocol):
@@ -57,6 +58,37 @@ class Gate:
 
     def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
         return None
+
+
+class OfAllPixels(NamedTuple):
+    """The tables of a layer that no mask guides, those of one image."""
+
+    grid: Pair
+    window: Window
+    out_grid: Pair
+    device: torch.device
+
+    def table(self) -> Tensor:
+        return dense_table(*self)
+
+    def tiles(self) -> Tiles:
+        return dense_tiles(*self)
+
+
+class OfActiveSites(NamedTuple):
+    """The tables of a guided layer."""
+
+    selection: Selection
+    grid: Pair
+    full: bool
+    window: Window
+    out_grid: Pair
+
+    def table(self) -> Tensor:
+        return self.selection.kernel_map(*self[1:]).table
+
+    def tiles(self) -> Tiles:
+        return self.selection.tiles(*self[1:])
 
 
 class Readers:

@@ -128,7 +128,7 @@ def test_any_blocks(names: list[str], batch: int, seed: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(SAME_WIDTH) - {"pool", "nothing", "narrow again", "plain", "scaled", "of EfficientNet"})
+    "name", sorted(set(SAME_WIDTH) - {"nothing", "narrow again", "plain", "scaled", "of EfficientNet"})
 )
 def test_a_block_is_replayed(name: str, replays: list[Program]) -> None:
     """As a whole, and with what stands beside it."""
@@ -140,7 +140,7 @@ def test_a_block_is_replayed(name: str, replays: list[Program]) -> None:
 
 
 def test_what_is_no_program_is_as_it_was(replays: list[Program]) -> None:
-    """Around squeeze-and-excitation, dense blocks and pooling, of which only parts can be replayed."""
+    """Around squeeze-and-excitation and dense blocks, of which only parts can be replayed."""
     body = [
         BLOCKS["of EfficientNet"](),
         BLOCKS["pool"](),

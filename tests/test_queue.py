@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsenet
 from sparsenet import GivenMask
+from sparsenet.features import SparseFeatures
+from sparsenet.form import Form
 from sparsenet.kernels import machine, queue
 from sparsenet.kernels.queue import Job, Queue
+from tests.helpers import select
 from tests.models import assert_same, blobs
 
 pytestmark = pytest.mark.skipif(machine.unsupported() is not None, reason=str(machine.unsupported()))
@@ -119,6 +124,34 @@ def test_what_stands_beside(function: Callable[[Any, Tensor], Any], guided: bool
     for seed in range(2):
         with torch.no_grad(), sparsenet.use_mask(blobs(batch, (9, 8), seed)):
             assert_same(frozen(images(batch)), model(images(batch)))
+
+
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    channels=st.integers(1, 40),
+    filled=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_what_leaves_lies_at_its_pixels(
+    batch: int, size: tuple[int, int], channels: int, filled: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """By a kernel that waits as by PyTorch: zero, or a number for each channel, where no pixel is active."""
+    mask = blobs(batch, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(batch, *size, channels, generator=generator, dtype=dtype)
+    fill = torch.randn(channels, generator=generator, dtype=dtype) if filled else None
+    if fill is not None:
+        fill[0] = -torch.inf
+    expected = torch.where(mask[..., None], dense, torch.zeros(()).to(dtype) if fill is None else fill)
+    with queue.waiting():
+        selection = select(mask, "auto")
+        features = SparseFeatures.of_kernel(dense[mask], selection, size, full=False, form=Form.plain_of(channels))
+        features.fill = fill
+        left = features.dense("a test", waits=True)
+        selection.finish()
+        assert torch.equal(left.permute(0, 2, 3, 1), expected)
 
 
 def test_kernels_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:

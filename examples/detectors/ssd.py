@@ -74,20 +74,19 @@ class VGG16Extractor(nn.Module):
         def scaled(channels: int) -> int:
             return max(8, round(channels * width / 8) * 8)
 
-        self.trunk = nn.Sequential(OrderedDict(_trunk(scaled, batch_norm)))
-        self.extras = nn.Sequential(OrderedDict(_extras(scaled)))
+        self.trunk = nn.Sequential(*_trunk(scaled, batch_norm))
+        self.extras = nn.Sequential(*_extras(scaled))
         self.scale_weight = nn.Parameter(torch.ones(scaled(512)) * 20)
         self.out_channels = [scaled(c) for c in (512, 1024, 512, 256, 256, 256)]
         initialise(self)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = []
-        for name, layer in [*self.trunk.named_children(), *self.extras.named_children()]:
-            x = layer(x)
-            if name == "relu4_3":  # its activations are much larger than the other maps'
-                maps.append(self.scale_weight.view(1, -1, 1, 1) * F.normalize(x))
-            elif name in ("relu_fc7", "relu6_2", "relu7_2", "relu8_2", "relu9_2"):
-                maps.append(x)
+        for layers in (*self.trunk, *self.extras):
+            x = layers(x)
+            maps.append(x)
+        # The activations of conv4_3 are much larger than the other maps'.
+        maps[0] = self.scale_weight.view(1, -1, 1, 1) * F.normalize(maps[0])
         return OrderedDict((str(i), m) for i, m in enumerate(maps))
 
 
@@ -100,8 +99,9 @@ def initialise(extractor: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _trunk(scaled, batch_norm: bool) -> Iterator[tuple[str, nn.Module]]:
-    """VGG16's layers by name, `conv1_1`, `bn1_1`, `relu1_1`, ... `pool5`, `fc6`, ... `relu_fc7`."""
+def _trunk(scaled, batch_norm: bool) -> Iterator[nn.Sequential]:
+    """VGG16's layers by name, `conv1_1`, `bn1_1`, `relu1_1`, ... `pool5`, `fc6`, ... `relu_fc7`, in two parts that
+    each end in a map which SSD reads."""
 
     def block(suffix: str, conv_name: str, conv: nn.Conv2d) -> Iterator[tuple[str, nn.Module]]:
         yield conv_name, conv
@@ -110,30 +110,37 @@ def _trunk(scaled, batch_norm: bool) -> Iterator[tuple[str, nn.Module]]:
         yield f"relu{suffix}", nn.ReLU(inplace=True)
 
     previous = 3
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
     for stage, (depth, channels) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)], start=1):
         for i in range(1, depth + 1):
             conv = nn.Conv2d(previous, scaled(channels), 3, padding=1, bias=not batch_norm)
-            yield from block(f"{stage}_{i}", f"conv{stage}_{i}", conv)
+            layers.update(block(f"{stage}_{i}", f"conv{stage}_{i}", conv))
             previous = scaled(channels)
+        if stage == 4:
+            yield nn.Sequential(layers)
+            layers = OrderedDict()
         if stage < 5:
-            yield f"pool{stage}", nn.MaxPool2d(2, 2, ceil_mode=stage == 3)  # 75 -> 38
-    yield "pool5", nn.MaxPool2d(3, 1, padding=1)
+            layers[f"pool{stage}"] = nn.MaxPool2d(2, 2, ceil_mode=stage == 3)  # 75 -> 38
+    layers["pool5"] = nn.MaxPool2d(3, 1, padding=1)
     fc6 = nn.Conv2d(previous, scaled(1024), 3, padding=6, dilation=6, bias=not batch_norm)
-    yield from block("_fc6", "fc6", fc6)
-    yield from block("_fc7", "fc7", nn.Conv2d(scaled(1024), scaled(1024), 1, bias=not batch_norm))
+    layers.update(block("_fc6", "fc6", fc6))
+    layers.update(block("_fc7", "fc7", nn.Conv2d(scaled(1024), scaled(1024), 1, bias=not batch_norm)))
+    yield nn.Sequential(layers)
 
 
-def _extras(scaled) -> Iterator[tuple[str, nn.Module]]:
+def _extras(scaled) -> Iterator[nn.Sequential]:
     """SSD's layers after fc7: a 1x1 and a 3x3 convolution for each of the maps 10, 5, 3 and 1."""
     previous = scaled(1024)
     figures = [(256, 512, 2), (128, 256, 2), (128, 256, 1), (128, 256, 1)]
     for stage, (squeezed, channels, stride) in enumerate(figures, start=6):
-        yield f"conv{stage}_1", nn.Conv2d(previous, scaled(squeezed), 1)
-        yield f"relu{stage}_1", nn.ReLU(inplace=True)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers[f"conv{stage}_1"] = nn.Conv2d(previous, scaled(squeezed), 1)
+        layers[f"relu{stage}_1"] = nn.ReLU(inplace=True)
         conv = nn.Conv2d(scaled(squeezed), scaled(channels), 3, stride=stride, padding=stride - 1)
-        yield f"conv{stage}_2", conv
-        yield f"relu{stage}_2", nn.ReLU(inplace=True)
+        layers[f"conv{stage}_2"] = conv
+        layers[f"relu{stage}_2"] = nn.ReLU(inplace=True)
         previous = scaled(channels)
+        yield nn.Sequential(layers)
 
 
 def ssd300_vgg16_bn(
@@ -176,7 +183,7 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
         vgg: the network to copy; by default it is downloaded (528 MB).
     """
     trunk: Any = extractor.trunk
-    normalised = any(isinstance(m, nn.BatchNorm2d) for m in trunk)
+    normalised = any(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
     if vgg is None:
         make, weights = (vgg16_bn, VGG16_BN_Weights) if normalised else (vgg16, VGG16_Weights)
         try:
@@ -186,7 +193,7 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
                 f"{weights.IMAGENET1K_V1.url} cannot be fetched ({error}). Put it into "
                 f"{torch.hub.get_dir()}/checkpoints yourself, or begin at random with --no-imagenet."
             ) from error
-    ours, theirs = ([m for m in net if isinstance(m, nn.Conv2d)] for net in (trunk, vgg.features))
+    ours, theirs = ([m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (trunk, vgg.features))
     for mine, their in zip(ours, theirs, strict=False):  # fc6 and fc7 are left over
         mine.weight.copy_(their.weight)
         if mine.bias is not None and their.bias is not None:
@@ -194,14 +201,15 @@ def load_imagenet_trunk(extractor: VGG16Extractor, vgg: VGG | None = None) -> No
     scale = 255 * torch.tensor([0.229, 0.224, 0.225])  # ours sees 0..255, ImageNet's weights expect unit variance
     ours[0].weight.div_(scale.to(ours[0].weight.device).view(1, 3, 1, 1))
 
-    batchnorms: Any = ([m for m in net if isinstance(m, nn.BatchNorm2d)] for net in (trunk, vgg.features))
+    batchnorms: Any = ([m for m in net.modules() if isinstance(m, nn.BatchNorm2d)] for net in (trunk, vgg.features))
     for mine, norm, conv in zip(*batchnorms, theirs, strict=False):
         mine.load_state_dict(norm.state_dict())
         mine.running_mean.sub_(conv.bias.to(mine.running_mean.device))  # our convolutions have no bias
 
     fc6: Any = vgg.classifier[0]
     fc7: Any = vgg.classifier[3]
-    trunk.fc6.weight.copy_(fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3])
-    trunk.fc7.weight.copy_(fc7.weight[::4, ::4, None, None])
-    (trunk.bn_fc6 if normalised else trunk.fc6).bias.copy_(fc6.bias[::4])
-    (trunk.bn_fc7 if normalised else trunk.fc7).bias.copy_(fc7.bias[::4])
+    last = trunk[1]
+    last.fc6.weight.copy_(fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3])
+    last.fc7.weight.copy_(fc7.weight[::4, ::4, None, None])
+    (last.bn_fc6 if normalised else last.fc6).bias.copy_(fc6.bias[::4])
+    (last.bn_fc7 if normalised else last.fc7).bias.copy_(fc7.bias[::4])

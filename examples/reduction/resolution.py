@@ -23,7 +23,7 @@ def at_side(detector: Any, side: int) -> nn.Module:
         if conv.padding == (0, 0) and min(inputs[0].shape[2:]) < conv.kernel_size[0]:
             conv.padding, conv.stride = (1, 1), (2, 2)
 
-    extras = [module for module in detector.backbone.extras if isinstance(module, nn.Conv2d)]
+    extras = [module for module in detector.backbone.extras.modules() if isinstance(module, nn.Conv2d)]
     handles = [conv.register_forward_pre_hook(keep_a_pixel) for conv in extras]
     maps = detector.backbone(next(detector.parameters()).new_zeros(1, 3, side, side))
     for handle in handles:

@@ -162,25 +162,47 @@ class Prepared:
         return self._kernel.job(rows, operands, out, table, inputs, self._bounds, 0.0)
 
 
-def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float, out: Tensor | None = None) -> Tensor:
-    """Pooling of rows (at least `inputs`, C) to rows (n_out, C): the "max" or "sum" over taps.
+class Pooling:
+    """The "max" or "sum" over taps, ready to run.
 
     Args:
-        table: int32 (n_out, taps) as in `KernelMap`.
         outside: what a place outside the image holds, of which "max" makes use.
-        out: where to write the result, contiguous; new memory if `None`.
     """
-    channels, dtype = rows.shape[1], rows.dtype
-    vectors = convolution.panel_vectors(channels, dtype)
-    width = vectors * machine.lanes(dtype)
-    panels = -(-channels // width)
-    one, none = constant(panels * width, 1.0, dtype), constant(panels * width, 0.0, dtype)
-    if out is None:
-        out = workspace.empty(len(table), channels, rows)
-    by_channel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
-    kernel = _Kernel(by_channel, channels, channels, 1, panels, panels, width, dtype)
-    bounds = bits(-math.inf), bits(math.inf)
-    kernel.job(rows, (none, one, none, None), out, table, inputs, bounds, outside).run()
+
+    def __init__(self, operation: str, channels: int, dtype: torch.dtype, outside: float):
+        vectors = convolution.panel_vectors(channels, dtype)
+        width = vectors * machine.lanes(dtype)
+        panels = -(-channels // width)
+        one, none = constant(panels * width, 1.0, dtype), constant(panels * width, 0.0, dtype)
+        kernel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
+        self._operands = none, one, none, None
+        self._outside = outside
+        self._kernel = _Kernel(kernel, channels, channels, 1, panels, panels, width, dtype)
+
+    def job(
+        self, rows: Tensor, residual: None, table: Tensor, inputs: int, out: Tensor, inactive: Tensor | None = None
+    ) -> Job:
+        """Of rows (at least `inputs`, C) to `out`, rows (n_out, C), by a table as in `KernelMap`; all contiguous.
+
+        Args:
+            inactive: what an inactive pixel holds, (C,); zero if `None`.
+        """
+        kernel = self._kernel
+        if inactive is not None:
+            inactive = padded(inactive, 0.0, 1, kernel.panels * kernel.width, kernel.dtype)
+        return kernel.job(rows, self._operands, out, table, inputs, _UNBOUNDED, self._outside, inactive)
+
+
+_UNBOUNDED = bits(-math.inf), bits(math.inf)
+
+pooling = functools.lru_cache(maxsize=256)(Pooling)
+
+
+def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: float) -> Tensor:
+    """Pooling of rows (at least `inputs`, C) to rows (n_out, C): see `Pooling`."""
+    channels = rows.shape[1]
+    out = workspace.empty(table.shape[0], channels, rows)
+    pooling(operation, channels, rows.dtype, outside).job(rows, None, table, inputs, out).run()
     return out
 
 
@@ -221,8 +243,9 @@ class _Kernel:
         inputs: int,
         bounds: tuple[int, int],
         outside: float,
+        nothing: Tensor | None = None,
     ) -> Job:
-        """On weights, scale, shift and residual."""
+        """On weights, scale, shift and residual; `nothing` is what is read of an inactive pixel, zeros if `None`."""
         if table is None:
             table = _itself(inputs)
         sites, taps = table.shape
@@ -239,8 +262,8 @@ class _Kernel:
             if share >= sites:
                 ahead = panel // taps if self.by_tap else panel * threads
         length = rows.shape[1] + self.width
-        nothing = constant(length, 0.0, self.dtype)
-        beyond = nothing if outside == 0 else constant(length, outside, self.dtype)
+        nothing = constant(length, 0.0, self.dtype) if nothing is None else nothing
+        beyond = constant(length, outside, self.dtype)
         numbers = [
             rows.data_ptr(),
             table.data_ptr(),

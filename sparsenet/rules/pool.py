@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsenet.backends import indirect, triton, workspace
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Norm, Reads, Tables
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
+from sparsenet.kernels import queue
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window, dense_table
+from sparsenet.work import OfActiveSites, OfAllPixels, Work
 
 
 class _Pooling:
@@ -77,23 +81,72 @@ class _Pooling:
         pooled: Tensor = kernels.pool(operation, rows, kernel_map.table, kernel_map.inputs, self.outside)
         return pooled
 
+    def waiting(self) -> Features | None:
+        """The maximum in a frozen network, not computed yet, or `None` if no kernel that waits computes it."""
+        x = self.x
+        selection, window, out_grid = x.selection, self.window, self.out_grid
+        frozen = queue.current() is not None and selection.waits and not selection.observers and self.around is None
+        if not frozen or x.device.type != "cpu" or not (selection.everything or isinstance(x, SparseFeatures)):
+            return None
+        rows = x.computed()
+        if _kernels(rows) is None or not len(rows):
+            return None
+        tables: Tables
+        if selection.everything:
+            inputs, images, outputs = x.grid[0] * x.grid[1], selection.batch, out_grid[0] * out_grid[1]
+            tables = OfAllPixels(x.grid, window, out_grid, rows.device)
+        else:
+            inputs, images, outputs = len(rows), 1, len(selection.sites(out_grid))
+            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
+        reads = Reads(rows, tables, inputs, images * outputs, images, x.grid, out_grid, selection.everything)
+        work = Work(MaxPool(rows.shape[1], self.outside), selection, reads, Epilogue())
+        x.read_by(work)
+        return type(x).deferred(work, selection, out_grid, full=False, fill=None)
+
     def unguided(self) -> Features | None:
-        """The maximum over a map of a frozen network that no mask guides, or `None` if no kernel computes it."""
+        """The maximum over a map of a frozen network that no mask guides, on a device, or `None` if no kernel computes
+        it."""
         x = self.x
         rows = as_rows(x.value)
-        kernels = _kernels(rows)
-        if not x.selection.everything or kernels is None or not len(rows):
+        if not x.selection.everything or _kernels(rows) is not triton or not len(rows):
             return None
         table, each = dense_table(x.grid, self.window, self.out_grid, rows.device), x.grid[0] * x.grid[1]
-        batch = len(rows) // each
-        if kernels is triton:
-            pooled = triton.pool("max", rows, table, each, self.outside, batch)
-        else:
-            pooled = workspace.empty(batch * len(table), rows.shape[1], rows)
-            for image, part in zip(rows.split(each), pooled.split(len(table)), strict=True):
-                indirect.pool("max", image, table, each, self.outside, part)
-        value = pooled.view(batch, *self.out_grid, -1).permute(0, 3, 1, 2)
+        pooled = triton.pool("max", rows, table, each, self.outside, len(rows) // each)
+        value = pooled.view(len(rows) // each, *self.out_grid, -1).permute(0, 3, 1, 2)
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
+
+
+class MaxPool:
+    """The `Layer` of a maximum over windows of rows. Nothing becomes part of it.
+
+    Args:
+        outside: what a place outside the map holds.
+    """
+
+    path = "max_pool2d"
+
+    def __init__(self, outputs: int, outside: float):
+        self.outputs = outputs
+        self.breaks = {0}
+        self._outside = outside
+
+    def ready(self, dtype: torch.dtype) -> indirect.Pooling:
+        """Its kernel."""
+        return indirect.pooling("max", self.outputs, dtype, self._outside)
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        rows, table = reads.rows, reads.table
+        assert table is not None
+        pooling, out = self.ready(rows.dtype), workspace.empty(reads.outputs, self.outputs, rows)
+        for image, _, part in reads.by_image(epilogue, out):
+            pooling.job(image, None, table, reads.inputs, part).wait()
+        return out
+
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
+        return None
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
+        return None
 
 
 @lru_cache(maxsize=1024)
@@ -137,6 +190,9 @@ def max_pool2d(
         return F.max_pool2d(dense, kernel_size, stride, padding, dilation, ceil_mode)
 
     pooling = _Pooling(pool, x, kernel_size, stride, padding, dilation, ceil_mode, outside=-torch.inf, average=False)
+    waiting = pooling.waiting()
+    if waiting is not None:
+        return waiting
     if isinstance(x, MaskedFeatures):
         unguided = pooling.unguided()
         return pooling.dense(x.read("max_pool2d")) if unguided is None else unguided

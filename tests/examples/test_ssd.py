@@ -96,11 +96,12 @@ def test_imagenet_trunk_computes_what_torchvision_does(batch_norm):
     load_imagenet_trunk(extractor, vgg)
     image = torch.rand(1, 3, 32, 32)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    convolutions = extractor.trunk[: list(dict(extractor.trunk.named_children())).index("pool5")]
+    first, trunk = extractor.trunk
+    convolutions = nn.Sequential(*first, *trunk[: list(dict(trunk.named_children())).index("pool5")])
     expected = features[:-1](image / std)
     assert expected.std() > 0.1
     torch.testing.assert_close(convolutions(255 * image), expected, rtol=1e-4, atol=1e-4)
-    window, trunk = fc6.weight.view(4096, 512, 7, 7), extractor.trunk
+    window = fc6.weight.view(4096, 512, 7, 7)
     assert torch.equal(trunk.fc6.weight[1, 7, 2, 1], window[4, 7, 6, 3])
     biases = (trunk.bn_fc6.bias, trunk.bn_fc7.bias) if batch_norm else (trunk.fc6.bias, trunk.fc7.bias)
     for mine, their in zip(biases, (fc6.bias, fc7.bias), strict=True):

@@ -154,7 +154,7 @@ def test_what_a_resumed_run_must_share(tmp_path, monkeypatch):
         how = dataclasses.replace(training, **changed)
         finetune.finetune_dense(base, [None], how, 0, tmp_path)
         finetune.finetune_selective(base, [None], "pool3", how, 0, tmp_path)
-    torch.nn.init.zeros_(base.backbone.trunk.conv1_1.weight)
+    torch.nn.init.zeros_(base.backbone.trunk[0].conv1_1.weight)
     finetune.finetune_dense(base, [None], training, 0, tmp_path)
     assert set(found) == {"dense, seed 0", "selector, seed 0", "selective, seed 0"}
     for title, (first, other_workers, other_weight, *other_start) in found.items():

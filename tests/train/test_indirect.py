@@ -107,12 +107,12 @@ def test_the_layers_next_to_the_heads_of_ssd300() -> None:
     """Those of the paper's indirect supervision, and the heads."""
     model: Any = sparsenet.selectify(ssd300_vgg16_bn(3, width=0.125), "pool2", selector=nn.Conv2d(16, 1, 1))
     heads = {f"head.{kind}_head.module_list.{k}" for kind in ("classification", "regression") for k in range(6)}
-    trunk = {f"backbone.trunk.{name}" for name in ("conv4_3", "fc7")}
-    extras = {f"backbone.extras.conv{k}_2" for k in (6, 7, 8, 9)}
+    trunk = {"backbone.trunk.0.conv4_3", "backbone.trunk.1.fc7"}
+    extras = {f"backbone.extras.{k - 6}.conv{k}_2" for k in (6, 7, 8, 9)}
     assert model.selector.near_heads == heads | trunk | extras
     assert Indirect().gating(model).layers == heads | trunk | extras
-    with pytest.raises(ValueError, match=r"no guided convolutions: backbone.trunk.conv1_1; guided are"):
-        Indirect(["backbone.trunk.conv1_1"]).gating(model)
+    with pytest.raises(ValueError, match=r"no guided convolutions: backbone\.trunk\.0\.conv1_1; guided are"):
+        Indirect(["backbone.trunk.0.conv1_1"]).gating(model)
 
 
 def targets() -> list[dict[str, Tensor]]:
