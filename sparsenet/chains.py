@@ -1,6 +1,5 @@
-"""Convolutions that follow one another in a frozen `nn.Sequential`, each with the normalisation and activation right
-behind it, as one call. Nothing else can read what lies between them, so that it needs no features of its own, and what
-each is computed by is found once: to find it, and to make features, takes Python longer than a small layer to compute.
+"""The frozen `nn.Sequential`: programs where it has any, and convolutions, each with the normalisation and activation right
+behind it as one call. What computes these is found once: to find it takes Python longer than a small layer to compute.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class _Pooling:
         if not frozen or x.device.type != "cpu" or not (selection.everything or isinstance(x, SparseFeatures)):
             return None
         rows = x.computed()
-        if _kernels(rows) is None or not len(rows):
+        if _kernels(rows) is not indirect or not len(rows):
             return None
         tables: Tables
         if selection.everything:
