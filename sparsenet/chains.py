@@ -1,5 +1,5 @@
-"""The frozen `nn.Sequential`: programs where it has any, and convolutions, each with the normalisation and activation right
-behind it as one call. What computes these is found once: to find it takes Python longer than a small layer to compute.
+"""The frozen `nn.Sequential`: programs where it has any, and convolutions, each with the normalisation and activation
+right behind it as one call. What computes these is found once: to find it takes Python longer than to compute a small layer.
 """
 
 from __future__ import annotations
