@@ -1,5 +1,5 @@
 """The frozen `nn.Sequential`: programs where it has any, and convolutions, each with the normalisation and activation
-right behind it as one call. What computes these is found once: to find it takes Python longer than to compute a small layer.
+right behind it as one call. What computes these is found once: it takes as long as to compute a small layer.
 """
 
 from __future__ import annotations
@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.features import Features
-from sparsenet.form import Form
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, behind, step_of
 from sparsenet.programs import Programs
-from sparsenet.selection import Selection
-from sparsenet.sites import Pair
 from sparsenet.work import Work
 
 
@@ -134,19 +130,6 @@ class Link:
         """What its work gives when it is read."""
         fill = None if len(self) > 1 else self.convolution._buffers["fill"]
         return kind.deferred(work, work.selection, work.reads.out_grid, full=False, fill=fill)
-
-    def compute(self, rows: Tensor, selection: Selection, grid: Pair, full: bool) -> tuple[Tensor, Pair]:
-        """The rows of what it gives, and their grid, by the direct kernel, which must be what computes it."""
-        way = self.layer.kernels("guided")
-        assert way is not None
-        (window, out_grid), pointwise = self.convolution.geometry(Form.plain_of(rows.shape[1]), grid)
-        inputs, table = rows.shape[0], None
-        if full or not pointwise:
-            table = selection.kernel_map(grid, full, window, out_grid).table
-        out = workspace.empty(inputs if table is None else table.shape[0], self.layer.outputs, rows)
-        self.layer.count("guided")
-        way.ready(self.epilogue).job(rows, None, table, inputs, out).wait()
-        return out, out_grid
 
 
 def following(input: Any, links: list[Link]) -> tuple[Any, int]:

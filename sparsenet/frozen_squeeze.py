@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsenet.backends import indirect, workspace
+from sparsenet.backends import indirect
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Reads
 from sparsenet.chains import Links, hooked
 from sparsenet.features import Features
 from sparsenet.kernels import queue, squeeze
+from sparsenet.kernels.queue import Job
 from sparsenet.rules.combine import gated
 from sparsenet.rules.reduce import of_a_layer
+from sparsenet.work import VECTOR, Standalone, Work
 
 # The convolution that reads the means, its activation, and the convolution that gives the numbers, and its activation.
 BLOCKS = {
@@ -80,10 +84,11 @@ class SqueezeForward:
         rows = x.computed()
         if indirect.unsupported(rows, 1) is not None:
             return None
-        numbers = workspace.empty(1, rows.shape[1], rows)
-        squeeze.mean(rows, x.grid[0] * x.grid[1], numbers).wait()
+        reads = Reads(rows, None, rows.shape[0], 1, 1, x.grid, VECTOR, False)
+        numbers = Work(Mean(rows.shape[1], x.grid[0] * x.grid[1]), selection, reads, Epilogue()).result()
         for link in links:
-            numbers, _ = link.compute(numbers, selection, (1, 1), full=False)
+            reads = Reads(numbers, None, 1, 1, 1, VECTOR, VECTOR, False)
+            numbers = Work(link.layer, selection, reads, link.epilogue).result()
         if len(links[1]) == 1:  # the kernels have no such activation
             queue.finish()
             cells = numbers.view(1, -1, 1, 1)
@@ -92,3 +97,19 @@ class SqueezeForward:
                 return None
         x.settle()
         return gated(x, rows, numbers.reshape(-1))
+
+
+class Mean(Standalone):
+    """The mean of each channel over an image's pixels, of which inactive ones are zero."""
+
+    path = "mean"
+
+    def __init__(self, outputs: int, pixels: int):
+        super().__init__(outputs)
+        self._pixels = pixels
+
+    def ready(self, dtype: torch.dtype) -> Mean:
+        return self
+
+    def job(self, rows: Tensor, residual: None, table: None, inputs: int, out: Tensor) -> Job:
+        return squeeze.mean(rows, self._pixels, out)

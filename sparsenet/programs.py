@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from sparsenet.backends import winograd, workspace
+from sparsenet.backends import indirect, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
 from sparsenet.features import Features, SparseFeatures
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.kernels import queue
-from sparsenet.rules.pool import MaxPool
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
-from sparsenet.work import Layer, OfActiveSites, Work
+from sparsenet.work import VECTOR, Layer, OfActiveSites, Standalone, Work
 
 # Packages whose modules do nothing but compute, from features and from what they have.
 KNOWN = ("torch.", "torchvision.", "timm.", "sparsenet.frozen_", "sparsenet.chains")
@@ -47,7 +46,8 @@ class Programs:
         program, and none is to be recorded."""
         if not _fits(x):
             return None
-        key = (place, x.grid, x.full, x.selection.batch, x.form.channels, x.dtype)
+        options = x.selection.options
+        key = (place, x.grid, x.full, x.selection.batch, x.form.channels, x.dtype, options.mean, options.reenter)
         program = self._kept.get(key)
         if program is not None and program.holds(modules):
             return program.run(x), program.end
@@ -122,7 +122,8 @@ class Step(NamedTuple):
 
     Attributes:
         prepared: its kernel, with weights and epilogue.
-        reads, adds: the register of the rows that it reads, and that of the residual.
+        reads, adds, gate: the registers of the rows that it reads, of the residual, and of the numbers by which the
+            channels are multiplied before they are read.
         table: of `Selection.kernel_map` or `tiles`; `None` where each row reads itself.
         out_grid: of what it gives.
     """
@@ -131,9 +132,14 @@ class Step(NamedTuple):
     prepared: Any
     reads: int
     adds: int | None
+    gate: int | None
     grid: Pair
     table: Table | None
     out_grid: Pair
+
+    def registers(self) -> list[int]:
+        """Those that it reads."""
+        return [register for register in (self.reads, self.adds, self.gate) if register is not None]
 
 
 class Table(NamedTuple):
@@ -155,17 +161,20 @@ def _steps(rows: Tensor, done: Sequence[tuple[Work, Tensor | None]]) -> list[Ste
     registers, steps = {_place(rows): 0}, []
     for work, result in done:
         reads, residual, prepared = work.reads, work.epilogue.residual, _prepared(work)
-        source = registers.get(_place(reads.rows))
-        added = None if residual is None else registers.get(_place(residual))
-        unknown = source is None or (residual is not None and added is None)
-        if prepared is None or unknown or reads.gate is not None or reads.everything or not reads.outputs:
+        if prepared is None or reads.everything or not reads.outputs:
             return None
-        assert source is not None
+        gate = None if reads.gate is None else reads.gate[None]
+        if gate is not None and not (isinstance(prepared, indirect.Prepared) and prepared.groups == 1):
+            return None
+        parts = (reads.rows, residual, gate)
+        source, added, factor = (None if part is None else registers.get(_place(part), -1) for part in parts)
+        if source is None or -1 in (source, added, factor):
+            return None
         table = None
         if reads.tables is not None:
             assert isinstance(reads.tables, OfActiveSites)
             table = Table(isinstance(prepared, winograd.Prepared), *reads.tables[1:])
-        steps.append(Step(work.layer, prepared, source, added, reads.grid, table, reads.out_grid))
+        steps.append(Step(work.layer, prepared, source, added, factor, reads.grid, table, reads.out_grid))
         if result is not None:
             registers[_place(result)] = len(steps)
     return steps
@@ -174,7 +183,7 @@ def _steps(rows: Tensor, done: Sequence[tuple[Work, Tensor | None]]) -> list[Ste
 def _prepared(work: Work) -> Any:
     """The kernel of work, with weights and epilogue, if it is one that waits."""
     layer = work.layer
-    if isinstance(layer, MaxPool):
+    if isinstance(layer, Standalone):
         return layer.ready(work.dtype)
     way = layer.waiting("guided") if isinstance(layer, FrozenLayer) else None
     return None if way is None else way.ready(work.epilogue)
@@ -222,7 +231,7 @@ class Program:
         """What the modules give of features."""
         selection, rows, current = x.selection, x.computed(), queue.current()
         assert current is not None
-        counts = {size: len(selection.sites(size)) for size in self._sizes}
+        counts = {size: 1 if size == VECTOR else len(selection.sites(size)) for size in self._sizes}
         tables: dict[Table | None, Any] = {table: table.of(selection) for table in self._tables}
         tables[None] = None
         lengths = [max(counts[size] * channels for size, channels in each) for each in self._buffers]
@@ -238,7 +247,8 @@ class Program:
                 out = buffers[place].as_strided((count, channels), (channels, 1))
             source = registers[step.reads]
             residual = None if step.adds is None else registers[step.adds]
-            current.add(step.prepared.job(source, residual, tables[step.table], source.shape[0], out))
+            weights = [] if step.gate is None else [step.prepared.gated(registers[step.gate].view(-1))]
+            current.add(step.prepared.job(source, residual, tables[step.table], source.shape[0], out, *weights))
             registers.append(out)
         x.settle()
         return self._deferred(x, registers, counts[self._last.out_grid])
@@ -248,10 +258,11 @@ class Program:
         selection, last = x.selection, self._last
         rows = registers[last.reads]
         tables = None if last.table is None else OfActiveSites(selection, *last.table[1:])
-        reads = Reads(rows, tables, rows.shape[0], outputs, 1, last.grid, last.out_grid, False)
+        gate = None if last.gate is None else registers[last.gate].view(-1)
+        reads = Reads(rows, tables, rows.shape[0], outputs, 1, last.grid, last.out_grid, False, gate)
         residual = None if last.adds is None else registers[last.adds]
         work = Work(last.layer, selection, reads, self._epilogue._replace(residual=residual), self._taken)
-        if 0 in (last.reads, last.adds):
+        if 0 in last.registers():
             x.read_by(work)
         return type(x).deferred(work, selection, last.out_grid, full=False, fill=self._fill)
 
@@ -262,14 +273,14 @@ def _buffers(steps: list[Step], last: Step) -> tuple[list[int | None], list[list
 
     They are few, so that what is read was mostly just written.
     """
-    reading = {register: number for number, step in enumerate(steps) for register in (step.reads, step.adds)}
+    reading = {register: number for number, step in enumerate(steps) for register in step.registers()}
     places: list[int | None] = []
     buffers: list[list[tuple[Pair, int]]] = []
     free: list[int] = []
     for number, step in enumerate(steps):
         register, size = number + 1, (step.out_grid, step.layer.outputs)
         place = None
-        if register not in (last.reads, last.adds):
+        if register not in last.registers():
             place = min(free, key=lambda each: _distance(buffers[each], size), default=len(buffers))
             if place == len(buffers):
                 buffers.append([])
@@ -277,7 +288,7 @@ def _buffers(steps: list[Step], last: Step) -> tuple[list[int | None], list[list
                 free.remove(place)
             buffers[place].append(size)
         places.append(place)
-        for done in {step.reads, step.adds or 0, register} - {0}:
+        for done in {*step.registers(), register} - {0}:
             other = places[done - 1]
             if other is not None and reading.get(done, number) == number:
                 free.append(other)
@@ -288,7 +299,7 @@ def _distance(held: list[tuple[Pair, int]], size: tuple[Pair, int]) -> float:
     """How far what lies in a buffer is from a size, all pixels active."""
 
     def elements(each: tuple[Pair, int]) -> int:
-        return prod(each[0]) * each[1]
+        return max(1, prod(each[0])) * each[1]
 
     return abs(math.log(max(map(elements, held)) / elements(size)))
 

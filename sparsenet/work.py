@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm, Reads
 from sparsenet.kernels import queue
@@ -60,6 +61,33 @@ class Gate:
         return None
 
 
+class Standalone:
+    """The `Layer` of an operation with a kernel of its own, which nothing becomes part of."""
+
+    path = "operation"
+
+    def __init__(self, outputs: int):
+        self.outputs = outputs
+        self.breaks = {0}
+
+    def ready(self, dtype: torch.dtype) -> Any:
+        """Its kernel: `job(rows, residual, table, inputs, out)` is to be run later."""
+        raise NotImplementedError
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        kernel, table = self.ready(reads.rows.dtype), reads.table
+        out = workspace.empty(reads.outputs, self.outputs, reads.rows)
+        for rows, _, part in reads.by_image(epilogue, out):
+            kernel.job(rows, None, table, reads.inputs, part).wait()
+        return out
+
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
+        return None
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
+        return None
+
+
 class OfAllPixels(NamedTuple):
     """The tables of a layer that no mask guides, those of one image."""
 
@@ -89,6 +117,10 @@ class OfActiveSites(NamedTuple):
 
     def tiles(self) -> Tiles:
         return self.selection.tiles(*self[1:])
+
+
+VECTOR: Pair = (0, 0)
+"""In place of a grid, that of one row which belongs to no pixel."""
 
 
 class Readers:

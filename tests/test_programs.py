@@ -39,7 +39,7 @@ def of_mobilenet_v3(activation: str) -> nn.Module:
 
 
 def of_efficientnet(blocks: int = 2) -> nn.Module:
-    """With squeeze-and-excitation inside, which is on no tape."""
+    """With squeeze-and-excitation inside, which is a step of one image in float32."""
     efficientnet = torchvision.models.efficientnet
     config = efficientnet.MBConvConfig(2, 3, 1, WIDTH, WIDTH, blocks)
     return nn.Sequential(*(efficientnet.MBConv(config, 0.2, nn.BatchNorm2d) for _ in range(blocks)))
@@ -58,14 +58,21 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "scaled": lambda: nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), timm.layers.LayerScale2d(WIDTH, 0.5)),
     "of EfficientNet": of_efficientnet,
     "timm's bottleneck": lambda: timm.models.resnet.Bottleneck(WIDTH, WIDTH // 4),
+    "timm's, squeezed": lambda: timm.models._efficientnet_blocks.InvertedResidual(
+        WIDTH, WIDTH, exp_ratio=2.0, act_layer=nn.SiLU, se_layer=partial(timm.layers.SEModule, rd_ratio=0.25)
+    ),
     "timm's inverted": lambda: timm.models._efficientnet_blocks.InvertedResidual(WIDTH, WIDTH),
     "plain": lambda: nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU(inplace=True)),
     "dense layers": lambda: torchvision.models.densenet._DenseBlock(2, WIDTH, 2, WIDTH, 0),  # (N, 3 · WIDTH, H, W)
     "narrow again": lambda: nn.Conv2d(WIDTH, WIDTH, 1, bias=False),
     "pool": lambda: nn.MaxPool2d(3, 2, padding=1),
+    "pool, and more": lambda: nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.LeakyReLU(0.2), nn.BatchNorm2d(WIDTH)),
     "nothing": nn.Identity,
 }
 SAME_WIDTH = sorted(set(BLOCKS) - {"dense layers"})
+
+
+SQUEEZED = ("of EfficientNet", "timm's, squeezed")
 
 
 class Net(nn.Module):
@@ -121,14 +128,14 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_any_blocks(names: list[str], batch: int, seed: int, dtype: torch.dtype) -> None:
-    model, frozen = made(nn.Sequential(*(BLOCKS[name]() for name in names)), dtype)
+    model, frozen = made(nn.Sequential(*(BLOCKS[name]() for name in (*names, "narrow again"))), dtype)
     for place, size in enumerate([12, 12, 9, 12, 9, 9]):
         with masked(seed + place, batch, size):
             assert_same(frozen(images(batch, size, dtype)), model(images(batch, size, dtype)))
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(SAME_WIDTH) - {"nothing", "narrow again", "plain", "scaled", "of EfficientNet"})
+    "name", sorted(set(SAME_WIDTH) - {"nothing", "narrow again", "plain", "scaled", "pool, and more", *SQUEEZED})
 )
 def test_a_block_is_replayed(name: str, replays: list[Program]) -> None:
     """As a whole, and with what stands beside it."""
@@ -137,6 +144,32 @@ def test_a_block_is_replayed(name: str, replays: list[Program]) -> None:
     check(model, frozen, dtype=torch.float32)
     if all(part.layer.waiting("guided") for part in frozen.body.modules() if hasattr(part, "layer")):
         assert replays and all((each.first, each.end) == (0, 4) for each in replays[-1:])
+
+
+def test_squeeze_and_excitation_is_replayed(replays: list[Program]) -> None:
+    """Of one image, and what is done to it is seen."""
+    name = "of EfficientNet"
+    model, frozen = made(nn.Sequential(BLOCKS["plain"](), BLOCKS[name](), BLOCKS["plain"]()), torch.float32)
+
+    def check_one_image() -> None:
+        for seed in range(PASSES):
+            with masked(seed, batch=1):
+                x = images(1, dtype=torch.float32)
+                assert_same(frozen(x), model(x))
+
+    check_one_image()
+    check(model, frozen, dtype=torch.float32)  # two images, whose means are no step
+    check_one_image()
+    assert (replays[-1].first, replays[-1].end) == (0, 6)
+    assert sum(step.gate is not None for step in replays[-1]._steps) == 2
+    with torch.no_grad():
+        for each in (model, frozen):
+            each.body[1][1].block[2].fc1.bias.add_(0.5)
+    check_one_image()
+    calls: list[Any] = []
+    frozen.body[1][0].block[2].scale_activation.register_forward_hook(lambda *_: calls.append(1))
+    check_one_image()
+    assert len(calls) == PASSES
 
 
 def test_what_is_no_program_is_as_it_was(replays: list[Program]) -> None:
@@ -155,7 +188,7 @@ def test_what_is_no_program_is_as_it_was(replays: list[Program]) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_no_pixel_and_all_pixels(share: float) -> None:
-    model, frozen = made(nn.Sequential(BLOCKS["bottleneck"](), BLOCKS["inverted"]()))
+    model, frozen = made(nn.Sequential(BLOCKS["bottleneck"](), BLOCKS["pool, and more"](), BLOCKS["inverted"]()))
     check(model, frozen)
     mask = torch.full((2, 12, 12), share == 1)
     with torch.no_grad(), sparsenet.use_mask(mask):

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsenet.backends import rows as trainable
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.kernels import convolution, machine
+from sparsenet.kernels import convolution, machine, squeeze
 from sparsenet.kernels.machine import bits
 from sparsenet.kernels.queue import Job
 from sparsenet.sites import KernelMap
@@ -115,6 +115,7 @@ class Prepared:
         self.outputs, channels = packed.shape[:2]
         dtype, vectors = packed.weights.dtype, packed.vectors
         width = vectors * machine.lanes(dtype)
+        self.groups = packed.groups
         groups = 1 if packed.depthwise else packed.groups
         whole = self.outputs // groups % width == 0
         order = None if epilogue.residual is None else epilogue.order
@@ -146,6 +147,14 @@ class Prepared:
             out = workspace.empty(inputs if table is None else table.shape[0], self.outputs, rows)
         self.job(rows, residual, table, inputs, out).run()
         return out
+
+    def gated(self, gate: Tensor) -> Tensor:
+        """The weights, of one group, each by the number of the channel that it reads, (C,): what a kernel that waits
+        writes, until others of its queue do."""
+        weights = self._weights  # (1, panels, taps, C, width)
+        gated = workspace.scratch(weights.numel(), weights)[: weights.numel()].view(weights.shape)
+        squeeze.gated(weights, gate, gated).wait()
+        return gated
 
     def job(
         self,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparsenet import backends
 from sparsenet.backends import indirect, triton, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.kernels import queue, squeeze
+from sparsenet.kernels import queue
 from sparsenet.sites import KernelMap, Pair, Tiles
 
 
@@ -195,13 +195,11 @@ class Indirect(_ByKernel):
         return indirect.unpack(self.packed)
 
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        weights = self.packed.weights
-        if reads.gate is not None and (self.packed.groups > 1 or weights.numel() > MOST_GATED * reads.rows.numel()):
+        prepared, packed = self.ready(epilogue), self.packed
+        if reads.gate is not None and (packed.groups > 1 or packed.weights.numel() > MOST_GATED * reads.rows.numel()):
             reads = reads.multiplied()
-        if reads.gate is not None:  # (1, panels, taps, C, width)
-            plain, weights = weights, workspace.empty(1, weights.numel(), weights).view(weights.shape)
-            squeeze.gated(plain, reads.gate, weights).wait()
-        table, prepared = reads.table, self.ready(epilogue)
+        weights = None if reads.gate is None else prepared.gated(reads.gate)
+        table = reads.table
         out = workspace.empty(reads.outputs, self.packed.shape[0], reads.rows)
         if table is None or reads.images == 1:
             prepared.job(reads.rows, epilogue.residual, table, reads.inputs, out, weights).wait()

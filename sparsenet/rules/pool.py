@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.backends import indirect, triton, workspace
+from sparsenet.backends import indirect, triton
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.backends.ways import Norm, Reads, Tables
+from sparsenet.backends.ways import Reads, Tables
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
 from sparsenet.kernels import queue
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window, dense_table
-from sparsenet.work import OfActiveSites, OfAllPixels, Work
+from sparsenet.work import OfActiveSites, OfAllPixels, Standalone, Work
 
 
 class _Pooling:
@@ -116,8 +116,8 @@ class _Pooling:
         return MaskedFeatures.make(value, x.selection, self.out_grid, full=False)
 
 
-class MaxPool:
-    """The `Layer` of a maximum over windows of rows. Nothing becomes part of it.
+class MaxPool(Standalone):
+    """A maximum over windows of rows.
 
     Args:
         outside: what a place outside the map holds.
@@ -126,27 +126,11 @@ class MaxPool:
     path = "max_pool2d"
 
     def __init__(self, outputs: int, outside: float):
-        self.outputs = outputs
-        self.breaks = {0}
+        super().__init__(outputs)
         self._outside = outside
 
     def ready(self, dtype: torch.dtype) -> indirect.Pooling:
-        """Its kernel."""
         return indirect.pooling("max", self.outputs, dtype, self._outside)
-
-    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
-        rows, table = reads.rows, reads.table
-        assert table is not None
-        pooling, out = self.ready(rows.dtype), workspace.empty(reads.outputs, self.outputs, rows)
-        for image, _, part in reads.by_image(epilogue, out):
-            pooling.job(image, None, table, reads.inputs, part).wait()
-        return out
-
-    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
-        return None
-
-    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
-        return None
 
 
 @lru_cache(maxsize=1024)
