@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -105,8 +106,9 @@ def _recorded(modules: list[Any], first: int, x: SparseFeatures) -> tuple[Any, i
     for end, count, last, fill in reversed(ends):
         steps = _steps(rows, [*tape.work[:count], (last, None)])
         if steps is not None and len(steps) > 1:
-            state = _State(modules[first:end])
-            return result, place, Program(first, end, state, steps, last.epilogue, last.steps, fill)
+            with suppress(RuntimeError):  # of tensors whose writes are not counted
+                state = _State(modules[first:end])
+                return result, place, Program(first, end, state, steps, last.epilogue, last.steps, fill)
     return result, place, None
 
 

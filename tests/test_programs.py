@@ -400,6 +400,19 @@ def test_a_record_watches_the_modules(replays: list[Program]) -> None:
     assert guided[0] == guided[1] and not replays
 
 
+def test_tensors_whose_writes_are_not_counted() -> None:
+    """Of inference mode: the modules run in every pass."""
+    model, frozen = made(nn.Sequential(BLOCKS["plain"](), BLOCKS["basic"](), BLOCKS["basic"]()))
+    with torch.inference_mode():
+        bias = torch.ones(WIDTH, dtype=torch.float64)
+    for each in (model, frozen):
+        each.body[2].bn2.running_mean = bias
+    check(model, frozen)
+    with torch.inference_mode():
+        bias.add_(1)
+    check(model, frozen)
+
+
 class Beside(nn.Module):
     """Known blocks in code that reads and writes beside them."""
 
