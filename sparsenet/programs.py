@@ -41,6 +41,7 @@ class Programs:
     def __init__(self) -> None:
         self._kept: dict[Hashable, Program] = {}
         self._met: dict[Hashable, int] = {}
+        self._states: dict[tuple[int, int], _State] = {}  # of the modules between two places, for programs of all sizes
 
     def run(self, modules: list[Any], place: int, x: Any) -> tuple[Any, int] | None:
         """What modules from a place on give of features, and the place behind the last of them; `None` where none has a
@@ -53,18 +54,46 @@ class Programs:
         if program is not None and program.holds(modules):
             return program.run(x), program.end
         if len(self._met) >= MOST_PROGRAMS:
-            self._kept, self._met = {}, {}
+            self._kept, self._met, self._states = {}, {}, {}
         # On the second pass, in which layers know what is read twice; later now and then, for hooks may have gone.
         met = self._met[key] = self._met.get(key, 0) + 1
         if met.bit_count() > 1 or met == 1 or not _known(modules[place]):
             return None
-        result, end, program = _recorded(modules, place, x)
+        result, end, program = self._recorded(modules, place, x)
         if program is not None:
             self._kept[key] = program
         return result, end
 
+    def _recorded(self, modules: list[Any], first: int, x: SparseFeatures) -> tuple[Any, int, Program | None]:
+        """What modules give of features, as far as all that they do is on a tape, and one more; the place behind them;
+        and the program of those whose work is on it."""
+        rows, result, place = x.computed(), x, first
+        ends: list[tuple[int, int, Work, Tensor | None]] = []
+        with queue.recording() as tape:
+            while place < len(modules) and tape.whole and _known(modules[place]):
+                result = modules[place](result)
+                place += 1
+                if not _goes_on(result, x.selection):
+                    break
+                if tape.whole:
+                    ends.append((place, len(tape.work), result._work, result.fill))
+        for end, count, last, fill in reversed(ends):
+            steps = _steps(rows, [*tape.work[:count], (last, None)])
+            if steps is not None and len(steps) > 1:
+                with suppress(RuntimeError):  # of tensors whose writes are not counted
+                    state = self._state(modules, first, end)
+                    return result, place, Program(first, end, state, steps, last.epilogue, last.steps, fill)
+        return result, place, None
+
+    def _state(self, modules: list[Any], first: int, end: int) -> _State:
+        """As they are now."""
+        state = self._states.get((first, end))
+        if state is None or state.modules != modules[first:end] or not state.holds():
+            state = self._states[first, end] = _State(modules[first:end])
+        return state
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": {}, "_met": {}}
+        return {"_kept": {}, "_met": {}, "_states": {}}
 
 
 def _fits(x: Any) -> bool:
@@ -88,28 +117,6 @@ def _known(module: nn.Module) -> bool:
         if part._forward_hooks or part._forward_pre_hooks or part._compiled_call_impl is not None:
             return False
     return True
-
-
-def _recorded(modules: list[Any], first: int, x: SparseFeatures) -> tuple[Any, int, Program | None]:
-    """What modules give of features, as far as all that they do is on a tape, and one more; the place behind them, and
-    the program of those whose work is on it."""
-    rows, result, place = x.computed(), x, first
-    ends: list[tuple[int, int, Work, Tensor | None]] = []
-    with queue.recording() as tape:
-        while place < len(modules) and tape.whole and _known(modules[place]):
-            result = modules[place](result)
-            place += 1
-            if not _goes_on(result, x.selection):
-                break
-            if tape.whole:
-                ends.append((place, len(tape.work), result._work, result.fill))
-    for end, count, last, fill in reversed(ends):
-        steps = _steps(rows, [*tape.work[:count], (last, None)])
-        if steps is not None and len(steps) > 1:
-            with suppress(RuntimeError):  # of tensors whose writes are not counted
-                state = _State(modules[first:end])
-                return result, place, Program(first, end, state, steps, last.epilogue, last.steps, fill)
-    return result, place, None
 
 
 def _goes_on(x: Any, selection: Selection) -> bool:
