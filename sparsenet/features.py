@@ -488,12 +488,12 @@ class Features(torch.Tensor):
             waits: whether a kernel may have yet to write it, for which `Selection.finish` is called before it is read.
         """
         self.note_reading(reader)
-        spread = self._spread()
-        if spread is not None and not waits:
+        value = self._spread()
+        if value is None:
+            value = self._masked() if self.fill is None else self._filled(self.fill)
+        elif not waits:
             self.selection.finish()
-        if spread is None:
-            spread = self._masked() if self.fill is None else self._filled(self.fill)
-        return self.form.present(spread)
+        return self.form.present(value)
 
     def _spread(self) -> Tensor | None:
         """The ordinary map (N, C, H, W), zero or `fill` at inactive pixels, by a kernel that may wait, or `None` where
@@ -696,8 +696,7 @@ class SparseFeatures(Features):
         return self.rows.view(self.selection.batch, *self.grid, -1).permute(0, 3, 1, 2)
 
     def _spread(self) -> Tensor | None:
-        frozen = queue.current() is not None and self.selection.waits and not self.selection.observers
-        if not frozen or self.full or self.has_value or not self.form.plain or self.selection.device.type != "cpu":
+        if not self.selection.queues or self.full or self.has_value or not self.form.plain:
             return None
         rows, (height, width) = self.computed(), self.grid
         if indirect.unsupported(rows, 1) is not None:

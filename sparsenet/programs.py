@@ -98,12 +98,9 @@ class Programs:
 
 def _fits(x: Any) -> bool:
     """Whether a program can be of these features."""
-    if not isinstance(x, SparseFeatures) or not x.form.plain or x.selection.device.type != "cpu":
+    if not isinstance(x, SparseFeatures) or not x.form.plain or not x.selection.queues:
         return False
-    if x.selection.observers or not x.selection.waits:
-        return False
-    current = queue.current()
-    if x.selection.options.backend != "auto" or current is None or current.tape is not None:
+    if x.selection.options.backend != "auto" or queue.tape() is not None:
         return False
     return x._work is None or x._work.gate is None
 

@@ -177,6 +177,11 @@ class Selection:
         """Whether kernels may wait in the current queue: not in a thread that the model has begun itself."""
         return self._queue is queue.current()
 
+    @property
+    def queues(self) -> bool:
+        """Whether the pass is a frozen model's on CPU, which nobody watches, and kernels may wait in its queue."""
+        return self._queue is not None and self.waits and not self.observers and self.device.type == "cpu"
+
     def finish(self) -> None:
         """Run what waits."""
         if self._queue is not None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import sparsenet
-from sparsenet import GivenMask
 from sparsenet.programs import Program
-from tests.models import assert_same, blobs, with_lively_norms
+from tests.bodies import images, masked, selective
+from tests.models import assert_same
 
 WIDTH = 6
 
@@ -48,34 +47,6 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Net(nn.Module):
-    """A stage and what follows it."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.stage = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.body = body
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self.stage(x))
-
-
-def selective(body: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    net = with_lively_norms(Net(body)).to(dtype)
-    return sparsenet.selectify(net, "stage", selector=GivenMask(), example_inputs=images(dtype=dtype))
-
-
-def images(batch: int = 2, size: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(7), dtype=dtype)
-
-
-@contextmanager
-def masked(batch: int = 2, size: int = 12, seed: int = 0) -> Iterator[None]:
-    with torch.no_grad(), sparsenet.use_mask(blobs(batch, (size, size), seed)):
-        yield
-
-
 def block() -> nn.Sequential:
     """As of MobileNetV2."""
     return nn.Sequential(
@@ -94,10 +65,10 @@ def block() -> nn.Sequential:
 def test_any_sequence(names: list[list[str]], batch: int, seed: int) -> None:
     """Nested or not, on the first pass and on later ones, of other sizes too."""
     parts = [nn.Sequential(*(PARTS[name]() for name in each)) for each in names]
-    model = selective(nn.Sequential(pointwise(), *parts))
+    model = selective(nn.Sequential(pointwise(), *parts), WIDTH)
     frozen = sparsenet.freeze(model, images())
     for count, size in [(2, 12), (batch, 9), (2, 12), (2, 12)]:
-        with masked(count, size, seed):
+        with masked(seed, count, size):
             assert_same(frozen(images(count, size)), model(images(count, size)))
 
 
@@ -106,7 +77,7 @@ def test_what_lies_between_has_no_features(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[int] = []
     run = Program.run
     monkeypatch.setattr(Program, "run", lambda self, x: (seen.append(len(self._steps)), run(self, x))[1])
-    model = selective(block(), torch.float32)
+    model = selective(block(), WIDTH, torch.float32)
     frozen = sparsenet.freeze(model, images(dtype=torch.float32))
     with masked():
         for _ in range(3):
@@ -184,7 +155,7 @@ def hooked_convolution(body: Any) -> None:
     ],
 )
 def test_what_is_done_to_the_modules_is_seen(change: Callable[[Any], None]) -> None:
-    model = selective(block())
+    model = selective(block(), WIDTH)
     frozen = sparsenet.freeze(model, images())
     with masked():
         for _ in range(3):
@@ -198,7 +169,7 @@ def test_what_is_done_to_the_modules_is_seen(change: Callable[[Any], None]) -> N
 
 
 def test_copies_and_pickles() -> None:
-    model = selective(block(), torch.float32)
+    model = selective(block(), WIDTH, torch.float32)
     frozen = sparsenet.freeze(model, images(dtype=torch.float32))
     with masked():
         x = images(dtype=torch.float32)
@@ -212,7 +183,7 @@ def test_copies_and_pickles() -> None:
 
 
 def test_a_record_counts_every_layer() -> None:
-    model = selective(block())
+    model = selective(block(), WIDTH)
     frozen = sparsenet.freeze(model, images())
     with masked():
         frozen(images())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsenet
-from sparsenet import GivenMask
 from sparsenet.kernels import machine
 from sparsenet.programs import Program
-from tests.models import assert_same, blobs, with_lively_norms
+from tests.bodies import images, masked, selective
+from tests.models import assert_same
 
 pytestmark = pytest.mark.skipif(machine.unsupported() is not None, reason=str(machine.unsupported()))
 
@@ -70,39 +69,13 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "nothing": nn.Identity,
 }
 SAME_WIDTH = sorted(set(BLOCKS) - {"dense layers"})
-
-
 SQUEEZED = ("of EfficientNet", "timm's, squeezed")
-
-
-class Net(nn.Module):
-    """A stage and what follows it."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.stage = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.body = body
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self.stage(x))
-
-
-def images(batch: int = 2, size: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(7), dtype=dtype)
 
 
 def made(body: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """A selective model, and the frozen one."""
-    torch.manual_seed(0)
-    net = with_lively_norms(Net(body)).to(dtype)
-    model = sparsenet.selectify(net, "stage", selector=GivenMask(), example_inputs=images(dtype=dtype))
+    model = selective(body, WIDTH, dtype)
     return model, sparsenet.freeze(model, images(dtype=dtype))
-
-
-@contextmanager
-def masked(seed: int = 0, batch: int = 2, size: int = 12) -> Iterator[None]:
-    with torch.no_grad(), sparsenet.use_mask(blobs(batch, (size, size), seed)):
-        yield
 
 
 def check(model: Any, frozen: Any, passes: int = PASSES, dtype: torch.dtype = torch.float64) -> None:

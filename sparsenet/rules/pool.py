@@ -15,7 +15,6 @@ from sparsenet.backends import indirect, triton
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads, Tables
 from sparsenet.features import Features, Leaves, MaskedFeatures, SparseFeatures, as_rows, rule
-from sparsenet.kernels import queue
 from sparsenet.rules.conv import pair
 from sparsenet.sites import Pair, Window, dense_table
 from sparsenet.work import OfActiveSites, OfAllPixels, Standalone, Work
@@ -85,8 +84,9 @@ class _Pooling:
         """The maximum in a frozen network, not computed yet, or `None` if no kernel that waits computes it."""
         x = self.x
         selection, window, out_grid = x.selection, self.window, self.out_grid
-        frozen = queue.current() is not None and selection.waits and not selection.observers and self.around is None
-        if not frozen or x.device.type != "cpu" or not (selection.everything or isinstance(x, SparseFeatures)):
+        if not selection.queues or self.around is not None:
+            return None
+        if not (selection.everything or isinstance(x, SparseFeatures)):
             return None
         rows = x.computed()
         if _kernels(rows) is not indirect or not len(rows):
