@@ -79,9 +79,11 @@ def product(
     most = build.mul(build.sdiv(channels, kernel.integer(unrolled)), kernel.integer(unrolled))
     tap_size = build.mul(channels, kernel.integer(width))
     panel_size = build.mul(taps, tap_size)
-    # Each step brings near two lines of the next weights, so that all are there after so many tiles.
+    # Each step brings near three lines of the next weights, so that all are there after so many tiles: six of panels of
+    # four vectors (3x3, 512 channels at 36 sites: 0.54 ms, and 0.56 with two lines, 0.60 with one, 0.57 with six).
     line, ahead = 64 // dtype.itemsize, kernel.field("ahead")
-    tiles_ahead = kernel.integer(-(-unrolled * width // (2 * line)))
+    step_ahead = 3 * line
+    tiles_ahead = kernel.integer(-(-unrolled * width // step_ahead))
     taps_at_once = kernel.integer(1) if by_tap else taps
     steps = build.mul(taps_at_once, build.sdiv(most, kernel.integer(unrolled)))
     all_weights = build.mul(panels, panel_size)
@@ -105,7 +107,7 @@ def product(
             turn = build.sdiv(tiles.index, kernel.integer(sites_at_once))
             there = build.icmp_signed("<", build.add(begin, ahead), all_weights)
             wanted = build.and_(there, build.icmp_signed("<", turn, tiles_ahead))
-            away = build.add(ahead, build.mul(build.mul(turn, steps), kernel.integer(2 * line)))
+            away = build.add(ahead, build.mul(build.mul(turn, steps), kernel.integer(step_ahead)))
             begin = kernel.at(weights, begin)
             coming = kernel.at(begin, build.select(wanted, away, kernel.integer(0)))
             # Beyond the last site, the last one is computed again.
@@ -131,12 +133,12 @@ def product(
                     pointers.append(build.select(build.icmp_signed("<", row, inputs), there, zeros))
                 with kernel.loop(most, over_taps.values, step=unrolled) as inner:
                     *sums, weight, coming = inner.values
-                    kernel.prefetch(coming)
-                    kernel.prefetch(kernel.at(coming, line))
+                    for each in range(0, step_ahead, line):
+                        kernel.prefetch(kernel.at(coming, each))
                     for each in range(unrolled):
                         channel = build.add(inner.index, kernel.integer(each))
                         sums = multiplied(kernel, pointers, channel, kernel.at(weight, each * width), sums)
-                    inner.following = [*sums, kernel.at(weight, unrolled * width), kernel.at(coming, 2 * line)]
+                    inner.following = [*sums, kernel.at(weight, unrolled * width), kernel.at(coming, step_ahead)]
                 with kernel.loop(build.sub(channels, most), inner.values) as rest:
                     *sums, weight, coming = rest.values
                     sums = multiplied(kernel, pointers, build.add(most, rest.index), weight, sums)
