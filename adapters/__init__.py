@@ -43,6 +43,9 @@ class Adapter:
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`."""
 
+    def freeze(self, model: nn.Module) -> None:
+        """What the family's frozen models compute once and keep, beside packed weights."""
+
 
 def find(model: nn.Module) -> Adapter:
     """The adapter of a model's family."""

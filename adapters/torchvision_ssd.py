@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector, active_anchors
+from sparsenet.chains import hooked
 from sparsenet.features import Features
+from sparsenet.frozen_modules import FrozenConv2d
 from sparsenet.kernels import queue
 from sparsenet.plan import Plan
 from sparsenet.selection import Selection
@@ -72,9 +74,13 @@ class Scores:
     def __call__(self, sources: list[Tensor]) -> Tensor:
         head, parts = self.head, []
         for place, source in enumerate(sources):
-            result = head._get_result_from_module_list(source, place)
-            if isinstance(result, Features) and not _watched(result.selection):
-                result = result.dense("reshape", waits=True)
+            conv, result = head.module_list[place], None
+            if type(conv) is FrozenConv2d and isinstance(source, Features) and not hooked(conv):
+                result = conv.spread(source)
+            if result is None:
+                result = conv(source)
+                if isinstance(result, Features) and not _watched(result.selection):
+                    result = result.dense("reshape", waits=True)
             parts.append(result.permute(0, 2, 3, 1).reshape(len(result), -1, head.num_columns))
         queue.finish()
         return torch.cat(parts, 1)

@@ -99,6 +99,8 @@ def record_calls(model: nn.Module, graphed: GraphedCall) -> None:
 
 def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> tuple[nn.Module, list[FrozenLayer]]:
     """The model itself, frozen, and its layers."""
+    from sparsenet import adapters
+
     frozen = model.eval().requires_grad_(False)
     selector = getattr(frozen, "selector", None)
     if isinstance(selector, Selector):
@@ -110,6 +112,7 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> tuple[nn.Mod
     for module in frozen.modules():
         if type(module) is SelectiveModule:
             make_direct(module)
+    adapters.find(frozen).freeze(frozen)
     memory = Workspace()
     frozen.register_load_state_dict_pre_hook(refuse_weights)
     frozen._apply = Conversion(frozen, {(layer.dtype, layer.device) for layer in layers})  # type: ignore[method-assign]

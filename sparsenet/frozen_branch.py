@@ -1,4 +1,5 @@
-"""The Selective Module of a frozen model: ordinary maps from layer to layer, for what follows each is known here.
+"""The Selective Module of a frozen model: rows from layer to layer by kernels that all wait, for what follows each is
+known here.
 
 Elsewhere in a frozen model a layer's work waits for what may become part of it, which takes Python as long as a small
 layer takes to compute. All of this module's are small.
@@ -6,22 +7,32 @@ layer takes to compute. All of this module's are small.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from math import prod
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sparsenet import context
-from sparsenet.chains import FusedForward, Links
-from sparsenet.features import Features, as_rows, ordinary
-from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU
-from sparsenet.kernels import queue
+from sparsenet.backends import indirect, workspace
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Reads, Spec
+from sparsenet.chains import FusedForward, Link, Links, hooked
+from sparsenet.features import Features, UnguidedFeatures, as_rows, ordinary
+from sparsenet.frozen_layer import FrozenLayer
+from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU, behind
+from sparsenet.kernels import attention, queue
+from sparsenet.rules.conv import pair
 from sparsenet.selector import SelectiveModule
+from sparsenet.selector.selective_module import NonLocal
+from sparsenet.sites import Pair, TransposedWindow, Window, dense_table
+from sparsenet.work import OfAllPixels
 
 
 def make_direct(branch: SelectiveModule) -> None:
     """Let a Selective Module of frozen layers compute them directly, if it is one for CPUs and nothing in it was
-    replaced: 1.8 ms against 2.7 (75x75 pixels at width 8, one image, two threads; 1.9 where it is not frozen)."""
+    replaced."""
     convolutions = [module for module in branch.modules() if isinstance(module, nn.Conv2d)]
     if not all(isinstance(module, FrozenConv2d) and module.layer.device.type == "cpu" for module in convolutions):
         return
@@ -41,16 +52,6 @@ def _known(part: nn.Module) -> bool:
     return by_statistics or type(part) in (FrozenConv2d, FrozenReLU)
 
 
-@dataclass(eq=False)
-class BranchForward:
-    """The forward of the module as a whole: its own, of an ordinary map."""
-
-    branch: SelectiveModule
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return type(self.branch).forward(self.branch, ordinary(features))
-
-
 class DirectForward:
     """The forward of a convolution, or of a sequence of them with normalisation and activation behind: ordinary maps
     (N, C, H, W) to such in channels-last memory.
@@ -63,17 +64,145 @@ class DirectForward:
         self._links = Links()
 
     def __call__(self, x: Tensor) -> Tensor:
+        module, links = self.module, self.links()
+        if links is None or isinstance(x, Features) or not _fits(x, links[0].convolution):
+            return FusedForward(module)(x) if isinstance(module, nn.Sequential) else type(module).forward(module, x)
+        rows, grid = _through(links, _rows_of(x), x.shape[0], (x.shape[2], x.shape[3]))
+        return _map(rows, x.shape[0], grid)
+
+    def links(self) -> list[Link] | None:
+        """All that it does, or `None` where that is not known."""
         module: Any = self.module
         parts: list[Any] = list(module) if isinstance(module, nn.Sequential) else [module]
-        first: FrozenConv2d = parts[0]
-        fits = not isinstance(x, Features) and x.dim() == 4 and x.shape[1] == first.in_channels and first.takes(x)
-        links = self._links.of(parts, 0) if fits and not context.current().observers else []
-        if not links or sum(map(len, links)) < len(parts):
-            return FusedForward(module)(x) if isinstance(module, nn.Sequential) else type(module).forward(module, x)
-        batch, grid = x.shape[0], (x.shape[2], x.shape[3])
-        rows = as_rows(x)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        for link in links:
-            rows, grid = link.convolution.on_rows(rows, batch, grid, link.epilogue)
-        queue.finish()
-        return rows.view(batch, *grid, rows.shape[1]).permute(0, 3, 1, 2)
+        links = [] if context.current().observers else self._links.of(parts, 0)
+        return links if links and sum(map(len, links)) == len(parts) else None
+
+
+class _Layers(NamedTuple):
+    """The layers of a module: see `SelectiveModule`.
+
+    Attributes:
+        deeper: `down` and `context`.
+        embed, restore: of the non-local block, empty where there is none.
+        logit: `head` and `logit`.
+    """
+
+    reduce: list[Link]
+    deeper: list[Link]
+    embed: list[Link]
+    restore: list[Link]
+    logit: list[Link]
+    up: FrozenLayer
+    normalised: Epilogue
+
+
+class BranchForward:
+    """The forward of the module as a whole, of a map (N, C, H, W) that kernels may have yet to write."""
+
+    def __init__(self, branch: SelectiveModule):
+        self.branch = branch
+        self._up: tuple[Tensor, int, FrozenLayer] | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        layers = self._layers(features)
+        if layers is None:
+            return type(self.branch).forward(self.branch, ordinary(features))
+        batch, grid = features.shape[0], (features.shape[2], features.shape[3])
+        rows = features.computed() if isinstance(features, Features) else _rows_of(features)
+        fine, _ = _through(layers.reduce, rows, batch, grid)
+        coarse, coarse_grid = _through(layers.deeper, fine, batch, grid)
+        if layers.restore:
+            coarse = self._attended(layers, coarse, batch, coarse_grid)
+        epilogue = layers.normalised._replace(residual=fine, order="after") if self.branch.skip else layers.normalised
+        up: Any = self.branch.up
+        window = TransposedWindow(up.kernel_size, up.stride, up.padding, up.dilation)
+        tables = OfAllPixels(coarse_grid, window, grid, fine.device)
+        reads = Reads(coarse, tables, prod(coarse_grid), batch * prod(grid), batch, coarse_grid, grid, True)
+        logits, _ = _through(layers.logit, layers.up.run(reads, epilogue), batch, grid)
+        return _map(logits, batch, grid)
+
+    def _attended(self, layers: _Layers, rows: Tensor, batch: int, grid: Pair) -> Tensor:
+        """What the non-local block makes of rows (N * H * W, C)."""
+        embedded, _ = _through(layers.embed, rows, batch, grid)
+        inner, pixels = embedded.shape[1] // 3, prod(grid)
+        keys = embedded[:, inner:]
+        factor, height, width = NonLocal.key_grid(*grid)
+        if factor > 1:
+            table = dense_table(grid, Window((factor, factor), (factor, factor)), (height, width), rows.device)
+            pooling = indirect.pooling("max", 2 * inner, rows.dtype, -math.inf)
+            pooled = workspace.empty(batch * height * width, 2 * inner, rows)
+            for image, target in zip(keys.split(pixels), pooled.split(height * width), strict=True):
+                pooling.job(image, None, table, pixels, target).wait()
+            keys = pooled
+        attended = workspace.empty(batch * pixels, inner, rows)
+        images = (each.chunk(batch) for each in (embedded[:, :inner], keys[:, :inner], keys[:, inner:], attended))
+        for image in zip(*images, strict=True):
+            attention.attend(*image).wait()
+        (restore,) = layers.restore
+        restored = restore.epilogue._replace(residual=rows)
+        return restore.convolution.on_rows(attended, batch, grid, restored)[0]
+
+    def _layers(self, x: Tensor) -> _Layers | None:
+        """`None` where anything but kernels is to compute them."""
+        branch: Any = self.branch
+        fits = not isinstance(x, Features) or (isinstance(x, UnguidedFeatures) and x.form.plain)
+        between = (branch.context, branch.attend, branch.up, branch.up_norm)
+        if not fits or any(map(hooked, between)) or type(branch.up) is not nn.ConvTranspose2d:
+            return None
+        parts = [branch.reduce, branch.down, *branch.context, branch.head, branch.logit]
+        attend = [branch.attend.embed, branch.attend.restore] if type(branch.attend) is NonLocal else []
+        links = [vars(part)["forward"].links() for part in (*parts, *attend)]
+        if None in links or not _fits(x, links[0][0].convolution) or not self._by_kernels(x):
+            return None
+        reduce, down, near, far, head, logit, *attending = links
+        embed, restore = attending or ([], [])
+        up = self._packed()
+        normalised = behind(up, Epilogue(shift=branch.up.bias), branch.up_norm, x.dtype)
+        normalised = None if normalised is None else normalised.activated("clamp", 0.0, math.inf)
+        if normalised is None:
+            return None
+        return _Layers(reduce, [*down, *near, *far], embed, restore, [*head, *logit], up, normalised)
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        """Whether there are kernels for what is no convolution."""
+        weight, attend = self.branch.up.weight, self.branch.attend
+        if x.shape[0] == 0 or self.branch.up.groups > 1 or indirect.unsupported(weight, 1):
+            return False
+        few = type(attend) is NonLocal and attend.restore.in_channels <= attention.MOST_CHANNELS
+        return x.dtype is torch.float32 if few else type(attend) is nn.Identity
+
+    def _packed(self) -> FrozenLayer:
+        """The transposed convolution as one whose taps read what is there: see `TransposedWindow`."""
+        weight: Any = self.branch.up.weight
+        if self._up is None or self._up[0] is not weight or self._up[1] != weight._version:
+            ways = {"guided": ["indirect"], "everything": ["indirect"]}
+            spec = Spec(pair(self.branch.up.stride), (0, 0), (1, 1), 1)
+            layer = FrozenLayer("up", weight.detach().transpose(0, 1).contiguous(), spec, ways, None)
+            self._up = weight, weight._version, layer
+        return self._up[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"branch": self.branch, "_up": None}
+
+
+def _fits(x: Tensor, first: FrozenConv2d) -> bool:
+    return x.dim() == 4 and x.shape[1] == first.in_channels and first.takes(x)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """A map (N, C, H, W) as rows (N * H * W, C), each contiguous."""
+    rows = as_rows(x)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _through(links: list[Link], rows: Tensor, batch: int, grid: Pair) -> tuple[Tensor, Pair]:
+    """What layers give of rows (N * H * W, C), whose kernels may wait, and its grid."""
+    for link in links:
+        rows, grid = link.convolution.on_rows(rows, batch, grid, link.epilogue)
+    return rows, grid
+
+
+def _map(rows: Tensor, batch: int, grid: Pair) -> Tensor:
+    """Rows as a map, once they are computed."""
+    queue.finish()
+    return rows.view(batch, *grid, rows.shape[1]).permute(0, 3, 1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,20 @@ class Options:
             raise ValueError(f"mean must be 'all' (pixels of the map) or 'active', not {self.mean!r}")
 
 
+class _Between(NamedTuple):
+    """A `kernel_map` or `tiles` from the features of one size (all pixels if `full`) to the active sites of another."""
+
+    kind: Callable[[ActiveSites, Any, ActiveSites], Any]
+    size: Pair
+    full: bool
+    window: Reading
+    out_size: Pair
+
+    def of(self, selection: Selection) -> Any:
+        source = selection.everywhere(self.size) if self.full else selection.sites(self.size)
+        return self.kind(source, self.window, selection.sites(self.out_size))
+
+
 class Selection:
     """One mask per resolution and image, and the kernel maps between them, shared by all layers of a pass.
 
@@ -114,6 +128,7 @@ class Selection:
         everything: whether it is of a part of a frozen network that no mask guides: see `Everything`.
         live_layers: paths of the convolutions whose results are read through a mask that takes gradient; elsewhere it
             is a constant. `None`: it takes gradient everywhere.
+        asked: the kernel maps that the pass has asked for.
         soft: whether reads are multiplied by probabilities, so that the numbers depend on the mask's gradient being on.
 
     Args:
@@ -160,9 +175,9 @@ class Selection:
         self._sites: dict[Pair, ActiveSites] = {}  # what the pass has met of them
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
-        self._maps: dict[tuple[Pair, bool, Reading, Pair], KernelMap] = {}
+        self.asked: dict[_Between, None] = {}
+        self._between: dict[_Between, Any] = {}
         self._spreads: dict[Pair, Tensor] = {}
-        self._tiles: dict[tuple[Pair, bool, Reading, Pair], Tiles] = {}
         self._queue = queue.current()
         for observer in observers:
             observer.selected(self)
@@ -241,25 +256,29 @@ class Selection:
 
     def kernel_map(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> KernelMap:
         """From the features of one size (all pixels if `full`) to the active sites of another."""
-        key = (size, full, window, out_size)
-        if key not in self._maps:
-            source = self.everywhere(size) if full else self.sites(size)
-            self._maps[key] = kernel_map(source, window, self.sites(out_size))
-        return self._maps[key]
+        found: KernelMap = self._asked(_Between(kernel_map, size, full, window, out_size))
+        return found
+
+    def tiles(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> Tiles:
+        """As `kernel_map`, for a convolution that computes 2x2 outputs at once."""
+        found: Tiles = self._asked(_Between(tiles, size, full, window, out_size))
+        return found
+
+    def _asked(self, between: _Between) -> Any:
+        self.asked[between] = None
+        if between not in self._between:
+            self._between[between] = between.of(self)
+        return self._between[between]
+
+    def expect(self, between: Iterable[_Between]) -> None:
+        """Find what is likely to be asked for, all at once: between layers it takes Python longer."""
+        self._between |= {each: each.of(self) for each in between}
 
     def spread(self, size: Pair) -> Tensor:
         """The row of each pixel, or their number where it is inactive: int32 (N * H * W, 1)."""
         if size not in self._spreads:
             self._spreads[size] = self.sites(size).rank[:, :-1, :-1].reshape(-1, 1).contiguous()
         return self._spreads[size]
-
-    def tiles(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> Tiles:
-        """As `kernel_map`, for a convolution that computes 2x2 outputs at once."""
-        key = (size, full, window, out_size)
-        if key not in self._tiles:
-            source = self.everywhere(size) if full else self.sites(size)
-            self._tiles[key] = tiles(source, window, self.sites(out_size))
-        return self._tiles[key]
 
     def report(self, operation: Operation) -> None:
         for observer in self.observers:

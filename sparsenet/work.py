@@ -41,33 +41,37 @@ class Layer(Protocol):
         """An epilogue with a factor for each channel as its next step, or `None`; `cells` is a view of it."""
 
 
-class Gate:
-    """The `Layer` of what a frozen layer gave, multiplied by a number for each channel, as squeeze-and-excitation does:
-    a convolution that reads the product takes the numbers along, and it is never written."""
-
-    path = "gate"
+class Unfolded:
+    """A `Layer` without weights that normalisations and factors could become part of."""
 
     def __init__(self, outputs: int):
         self.outputs = outputs
         self.breaks: set[int] = set()
 
+    def normalised(self, epilogue: Epilogue, norm: Norm) -> Epilogue | None:
+        return None
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> Epilogue | None:
+        return None
+
+
+class Gate(Unfolded):
+    """What a frozen layer gave, multiplied by a number for each channel, as squeeze-and-excitation does: a convolution
+    that reads the product takes the numbers along, and it is never written."""
+
+    path = "gate"
+
     def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
         return epilogue.of(reads.multiplied().rows)
 
-    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
-        return None
 
-    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
-        return None
-
-
-class Standalone:
-    """The `Layer` of an operation with a kernel of its own, which nothing becomes part of."""
+class Standalone(Unfolded):
+    """An operation with a kernel of its own, which nothing becomes part of."""
 
     path = "operation"
 
     def __init__(self, outputs: int):
-        self.outputs = outputs
+        super().__init__(outputs)
         self.breaks = {0}
 
     def ready(self, dtype: torch.dtype) -> Any:
@@ -80,12 +84,6 @@ class Standalone:
         for rows, _, part in reads.by_image(epilogue, out):
             kernel.job(rows, None, table, reads.inputs, part).wait()
         return out
-
-    def normalised(self, epilogue: Epilogue, norm: Norm) -> None:
-        return None
-
-    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> None:
-        return None
 
 
 class OfAllPixels(NamedTuple):

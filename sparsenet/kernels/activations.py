@@ -15,7 +15,7 @@ Activation = Callable[[Kernel, Any, Any, Any], Any]
 """Of a kernel, a vector, and the two parameters of the job."""
 
 
-def _exp(kernel: Kernel, value: Any) -> Any:
+def exp(kernel: Kernel, value: Any) -> Any:
     """e to the power of float32 numbers: 2^n times a Taylor polynomial of the rest, which is at most ln(2) / 2, where
     the first term left out is below 1e-8 of the result."""
     build = kernel.build
@@ -49,12 +49,12 @@ def _leaky_relu(kernel: Kernel, value: Any, slope: Any, _: Any) -> Any:
 
 def _sigmoid(kernel: Kernel, value: Any, *_: Any) -> Any:
     one = kernel.constant(1.0)
-    return kernel.build.fdiv(one, kernel.build.fadd(one, _exp(kernel, kernel.build.fneg(value))))
+    return kernel.build.fdiv(one, kernel.build.fadd(one, exp(kernel, kernel.build.fneg(value))))
 
 
 def _silu(kernel: Kernel, value: Any, *_: Any) -> Any:
     build = kernel.build
-    below = build.fadd(kernel.constant(1.0), _exp(kernel, build.fneg(value)))
+    below = build.fadd(kernel.constant(1.0), exp(kernel, build.fneg(value)))
     return build.fdiv(_at_least(kernel, value, -88.0), below)
 
 
@@ -68,7 +68,7 @@ def _gelu_tanh(kernel: Kernel, value: Any, *_: Any) -> Any:
     build, doubled = kernel.build, 2 * math.sqrt(2 / math.pi)
     square = build.fmul(value, value)
     inner = kernel.fma(square, kernel.constant(0.044715 * doubled), kernel.constant(doubled))
-    below = build.fadd(kernel.constant(1.0), _exp(kernel, build.fneg(build.fmul(inner, value))))
+    below = build.fadd(kernel.constant(1.0), exp(kernel, build.fneg(build.fmul(inner, value))))
     return build.fdiv(_at_least(kernel, value, -88.0), below)
 
 

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.features import Features, Leaves, rule
+from sparsenet.backends import indirect, workspace
+from sparsenet.backends.epilogue import Epilogue
+from sparsenet.backends.ways import Reads
+from sparsenet.features import Features, Leaves, SparseFeatures, rule
+from sparsenet.kernels import norm, queue
+from sparsenet.work import Unfolded, Work
 
 # Where each function has its argument `dim`, counted from the map, and what it is by default.
 _PLACES: dict[Any, tuple[int, int | None]] = {
@@ -41,7 +46,52 @@ def channelwise(func: Any, input: Features, *args: Any, **kwargs: Any) -> Any:
         raise Leaves(input.form.description)
     if input.form.letters([dim]) != "C":
         raise Leaves("works over another dimension than channels")
+    if func is F.normalize:
+        by_kernel = _unit_length(input, *args, **kwargs)
+        if by_kernel is not None:
+            return by_kernel
     return over_channels(func, input, dim, place - 1, args, kwargs)
+
+
+def _unit_length(
+    x: Features, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Features | None:
+    """L2 normalisation in a frozen network, not computed yet, or `None` where no kernel that waits computes it."""
+    selection = x.selection
+    waits = selection.queues and (selection.everything or isinstance(x, SparseFeatures))
+    if not waits or p != 2 or len(x.form.channels) != 1:
+        return None
+    rows = x.computed()
+    if indirect.unsupported(rows, 1) is not None:
+        return None
+    count = rows.shape[0]
+    reads = Reads(rows, None, count, count, 1, x.grid, x.grid, selection.everything)
+    work = Work(UnitLength(rows.shape[1], eps), selection, reads, Epilogue())
+    x.read_by(work)
+    return type(x).deferred(work, selection, x.grid, full=x.full, fill=None, form=x.form)
+
+
+class UnitLength(Unfolded):
+    """L2 normalisation of rows, and a number for each channel behind it, as SSD has it."""
+
+    path = "normalize"
+
+    def __init__(self, outputs: int, eps: float):
+        super().__init__(outputs)
+        self._eps = eps
+
+    def scaled(self, epilogue: Epilogue, factor: Tensor, cells: Tensor) -> Epilogue | None:
+        return epilogue.scaled(cells.flatten().clone(), None)  # which may be written to before it is read
+
+    def run(self, reads: Reads, epilogue: Epilogue) -> Tensor:
+        rows, weight, rest = reads.rows, epilogue.scale, epilogue._replace(scale=None)
+        weight = indirect.constant(self.outputs, 1.0, rows.dtype) if weight is None else weight
+        out = workspace.empty(rows.shape[0], self.outputs, rows)
+        norm.unit_length(rows, weight, self._eps, out).wait()
+        if rest.scales:  # there is nothing else
+            return out
+        queue.finish()
+        return rest.of(out)
 
 
 def over_channels(

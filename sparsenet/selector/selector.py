@@ -73,6 +73,7 @@ class Selector(nn.Module):
         self.down = nn.ModuleDict({str(k): _downsampler() for k in range(1, octaves + 1)})
         self.options = options
         self._met: dict[Pair, dict[Pair, None]] = {}  # by size of the entry, the sizes that passes have met after it
+        self._asked: dict[Pair, dict[Any, None]] = {}  # and the kernel maps that the last pass has asked for
 
     def forward(self, x: Any) -> Any:
         return x
@@ -110,6 +111,9 @@ class Selector(nn.Module):
             selection.prepare([*met, size, *given])
         if options.capacity is None and any(selection.peek(each).everywhere for each in given):
             return features  # nothing is skipped: the frozen network goes on as it came
+        if selection.queues:
+            selection.expect(self._asked.get(size, ()))
+            self._asked[size] = selection.asked
         return enter(ordinary(features), selection)
 
     def _sizes_after(self, entry: Pair) -> dict[Pair, None]:
@@ -117,7 +121,7 @@ class Selector(nn.Module):
         if not self._met and hasattr(self, "plan"):
             self._met[self.plan.size] = dict.fromkeys(self.plan.sizes)
         if len(self._met) >= MOST_SIZES:
-            self._met = {}
+            self._met, self._asked = {}, {}
         return self._met.setdefault(entry, {})
 
     def _levels(self, features: Tensor) -> Levels:
