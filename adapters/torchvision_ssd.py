@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
 
 from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector, active_anchors
-from sparsenet.chains import hooked
 from sparsenet.features import Features
-from sparsenet.frozen_modules import FrozenConv2d
-from sparsenet.kernels import queue
+from sparsenet.frozen_heads import side_by_side
 from sparsenet.plan import Plan
 from sparsenet.selection import Selection
 
@@ -66,23 +64,21 @@ def _by_its_class(head: nn.Module) -> bool:
 @dataclass(eq=False)
 class Scores:
     """A head's own `forward`, whose convolutions' results leave the guided region at once, and not after they were
-    viewed by anchors and put in order: three dispatches less for each of twelve maps, a millisecond of an SSD300 of a
-    quarter's width. In a frozen model their kernels run together, at the end."""
+    viewed by anchors and put in order: three dispatches less for each of twelve maps. In a frozen model kernels write
+    them where they belong."""
 
     head: SSDScoringHead
 
     def __call__(self, sources: list[Tensor]) -> Tensor:
         head, parts = self.head, []
+        together = side_by_side(head.module_list, sources) if isinstance(sources[0], Features) else None
+        if together is not None:
+            return together.view(len(together), -1, head.num_columns)
         for place, source in enumerate(sources):
-            conv, result = head.module_list[place], None
-            if type(conv) is FrozenConv2d and isinstance(source, Features) and not hooked(conv):
-                result = conv.spread(source)
-            if result is None:
-                result = conv(source)
-                if isinstance(result, Features) and not _watched(result.selection):
-                    result = result.dense("reshape", waits=True)
+            result = head._get_result_from_module_list(source, place)
+            if isinstance(result, Features) and not _watched(result.selection):
+                result = result.dense("reshape")
             parts.append(result.permute(0, 2, 3, 1).reshape(len(result), -1, head.num_columns))
-        queue.finish()
         return torch.cat(parts, 1)
 
 

@@ -8,11 +8,13 @@ layer takes to compute. All of this module's are small.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from sparsenet import context
 from sparsenet.backends import indirect, workspace
@@ -23,6 +25,7 @@ from sparsenet.features import Features, UnguidedFeatures, as_rows, ordinary
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import FrozenBatchNorm2d, FrozenConv2d, FrozenReLU, behind
 from sparsenet.kernels import attention, queue
+from sparsenet.programs import State
 from sparsenet.rules.conv import pair
 from sparsenet.selector import SelectiveModule
 from sparsenet.selector.selective_module import NonLocal
@@ -101,7 +104,8 @@ class BranchForward:
 
     def __init__(self, branch: SelectiveModule):
         self.branch = branch
-        self._up: tuple[Tensor, int, FrozenLayer] | None = None
+        self._state: State | None = None
+        self._found: _Layers | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         layers = self._layers(features)
@@ -144,45 +148,48 @@ class BranchForward:
 
     def _layers(self, x: Tensor) -> _Layers | None:
         """`None` where anything but kernels is to compute them."""
-        branch: Any = self.branch
-        fits = not isinstance(x, Features) or (isinstance(x, UnguidedFeatures) and x.form.plain)
-        between = (branch.context, branch.attend, branch.up, branch.up_norm)
-        if not fits or any(map(hooked, between)) or type(branch.up) is not nn.ConvTranspose2d:
+        plain = not isinstance(x, Features) or (isinstance(x, UnguidedFeatures) and x.form.plain)
+        if not plain or x.shape[0] == 0 or context.current().observers:
             return None
-        parts = [branch.reduce, branch.down, *branch.context, branch.head, branch.logit]
+        if self._state is None or not self._state.holds():
+            self._found = self._find()
+            with suppress(RuntimeError):  # of tensors whose writes are not counted
+                self._state = State([self.branch])
+        layers = self._found
+        if layers is None or not _fits(x, layers.reduce[0].convolution) or indirect.unsupported(layers.up.weight, 1):
+            return None
+        return layers
+
+    def _find(self) -> _Layers | None:
+        branch: Any = self.branch
         attend = [branch.attend.embed, branch.attend.restore] if type(branch.attend) is NonLocal else []
-        links = [vars(part)["forward"].links() for part in (*parts, *attend)]
-        if None in links or not _fits(x, links[0][0].convolution) or not self._by_kernels(x):
+        parts = [branch.reduce, branch.down, *branch.context, branch.head, branch.logit, *attend]
+        between = (branch.context, branch.attend, branch.up, branch.up_norm)
+        links = [vars(part)["forward"].links() for part in parts]
+        if None in links or any(map(hooked, between)) or has_global_hooks() or not self._by_kernels():
             return None
         reduce, down, near, far, head, logit, *attending = links
         embed, restore = attending or ([], [])
-        up = self._packed()
-        normalised = behind(up, Epilogue(shift=branch.up.bias), branch.up_norm, x.dtype)
-        normalised = None if normalised is None else normalised.activated("clamp", 0.0, math.inf)
-        if normalised is None:
+        weight, spec = branch.up.weight.detach(), Spec(pair(branch.up.stride), (0, 0), (1, 1), 1)
+        # As one whose taps read what is there: see `TransposedWindow`.
+        ways = {"guided": ["indirect"], "everything": ["indirect"]}
+        up = FrozenLayer("up", weight.transpose(0, 1).contiguous(), spec, ways, None)
+        normalised = behind(up, Epilogue(shift=branch.up.bias), branch.up_norm, weight.dtype)
+        activated = None if normalised is None else normalised.activated("clamp", 0.0, math.inf)
+        if activated is None:
             return None
-        return _Layers(reduce, [*down, *near, *far], embed, restore, [*head, *logit], up, normalised)
+        return _Layers(reduce, [*down, *near, *far], embed, restore, [*head, *logit], up, activated)
 
-    def _by_kernels(self, x: Tensor) -> bool:
+    def _by_kernels(self) -> bool:
         """Whether there are kernels for what is no convolution."""
-        weight, attend = self.branch.up.weight, self.branch.attend
-        if x.shape[0] == 0 or self.branch.up.groups > 1 or indirect.unsupported(weight, 1):
+        up, attend = self.branch.up, self.branch.attend
+        if type(up) is not nn.ConvTranspose2d or up.groups > 1 or indirect.unsupported(up.weight, 1):
             return False
         few = type(attend) is NonLocal and attend.restore.in_channels <= attention.MOST_CHANNELS
-        return x.dtype is torch.float32 if few else type(attend) is nn.Identity
-
-    def _packed(self) -> FrozenLayer:
-        """The transposed convolution as one whose taps read what is there: see `TransposedWindow`."""
-        weight: Any = self.branch.up.weight
-        if self._up is None or self._up[0] is not weight or self._up[1] != weight._version:
-            ways = {"guided": ["indirect"], "everything": ["indirect"]}
-            spec = Spec(pair(self.branch.up.stride), (0, 0), (1, 1), 1)
-            layer = FrozenLayer("up", weight.detach().transpose(0, 1).contiguous(), spec, ways, None)
-            self._up = weight, weight._version, layer
-        return self._up[2]
+        return up.weight.dtype is torch.float32 if few else type(attend) is nn.Identity
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"branch": self.branch, "_up": None}
+        return {"branch": self.branch, "_state": None, "_found": None}
 
 
 def _fits(x: Tensor, first: FrozenConv2d) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsenet import context
-from sparsenet.backends import indirect, workspace
+from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
 from sparsenet.backends.workspace import Workspace
@@ -192,22 +192,6 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             work = self.work(self.layer, x.computed(), selection, x.form, x.grid, x.full)
             x.read_by(work)
         return type(x).deferred(work, selection, work.reads.out_grid, full=False, fill=self._buffers["fill"])
-
-    def spread(self, x: Features) -> Tensor | None:
-        """What the layer gives of features, as an ordinary map (N, O, H, W) that kernels may have yet to write, or
-        `None` where anything but kernels that wait computes it. An SSD's heads are a dozen layers of this kind."""
-        selection, way = x.selection, self.layer.waiting("guided")
-        unfit = x.dtype != self.layer.dtype or x.form.channels[0] != self.in_channels or not x.form.plain
-        if unfit or way is None or type(x) is not SparseFeatures or not selection.queues:
-            return None
-        if selection.options.backend != "auto" or selection.followed or selection.options.strict:
-            return None
-        work = self.work(self.layer, x.computed(), selection, x.form, x.grid, x.full)
-        rows, grid = work.result(), work.reads.out_grid
-        out = workspace.empty(selection.batch * grid[0] * grid[1], self.out_channels, rows)
-        pooling = indirect.pooling("sum", self.out_channels, rows.dtype, 0.0)
-        pooling.job(rows, None, selection.spread(grid), rows.shape[0], out, self._buffers["fill"]).wait()
-        return out.view(selection.batch, *grid, self.out_channels).permute(0, 3, 1, 2)
 
     def follows(self, before: Work) -> Work | None:
         """The layer's work on what that of another convolution gives, which nothing else reads; `None` where it cannot

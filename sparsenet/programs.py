@@ -41,7 +41,7 @@ class Programs:
     def __init__(self) -> None:
         self._kept: dict[Hashable, Program] = {}
         self._met: dict[Hashable, int] = {}
-        self._states: dict[tuple[int, int], _State] = {}  # of the modules between two places, for programs of all sizes
+        self._states: dict[tuple[int, int], State] = {}  # of the modules between two places, for programs of all sizes
 
     def run(self, modules: list[Any], place: int, x: Any) -> tuple[Any, int] | None:
         """What modules from a place on give of features, and the place behind the last of them; `None` where none has a
@@ -85,11 +85,11 @@ class Programs:
                     return result, place, Program(first, end, state, steps, last.epilogue, last.steps, fill)
         return result, place, None
 
-    def _state(self, modules: list[Any], first: int, end: int) -> _State:
+    def _state(self, modules: list[Any], first: int, end: int) -> State:
         """As they are now."""
         state = self._states.get((first, end))
         if state is None or state.modules != modules[first:end] or not state.holds():
-            state = self._states[first, end] = _State(modules[first:end])
+            state = self._states[first, end] = State(modules[first:end])
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Program:
         self,
         first: int,
         end: int,
-        state: _State,
+        state: State,
         steps: list[Step],
         epilogue: Epilogue,
         taken: int,
@@ -310,7 +310,7 @@ def _distance(held: list[tuple[Pair, int]], size: tuple[Pair, int]) -> float:
     return abs(math.log(max(map(elements, held)) / elements(size)))
 
 
-class _State:
+class State:
     """Modules as they were: what they have, and what theirs have.
 
     Raises:

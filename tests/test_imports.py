@@ -29,6 +29,7 @@ ORDER = (
         "chains",
         "frozen_branch",
         "frozen_squeeze",
+        "frozen_heads",
         "freeze",
         "cuda_graph",
         "traced",

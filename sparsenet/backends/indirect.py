@@ -191,6 +191,7 @@ class Pooling:
         self._operands = none, one, none, None
         self._outside = outside
         self._kernel = _Kernel(kernel, channels, channels, 1, panels, panels, width, dtype)
+        self._padded: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def job(
         self, rows: Tensor, residual: None, table: Tensor, inputs: int, out: Tensor, inactive: Tensor | None = None
@@ -200,11 +201,26 @@ class Pooling:
         Args:
             inactive: what an inactive pixel holds, (C,); zero if `None`.
         """
-        kernel = self._kernel
-        if inactive is not None:
-            inactive = padded(inactive, 0.0, 1, kernel.panels * kernel.width, kernel.dtype)
-        return kernel.job(rows, self._operands, out, table, inputs, _UNBOUNDED, self._outside, inactive)
+        inactive = None if inactive is None else self._whole(inactive)
+        return self._kernel.job(rows, self._operands, out, table, inputs, _UNBOUNDED, self._outside, inactive)
 
+    def _whole(self, inactive: Tensor) -> Tensor:
+        """With room to read whole vectors; kept for the next pass, unless it was written to."""
+        kernel = self._kernel
+        known = self._padded.get(id(inactive))
+        if known is None or inactive.is_inference() or known[1] != inactive._version:
+            whole = padded(inactive, 0.0, 1, kernel.panels * kernel.width, kernel.dtype)
+            if inactive.is_inference():  # writes are not counted
+                return whole
+            if len(self._padded) >= MOST_INACTIVE:
+                self._padded.clear()
+            # The tensor is kept too, so that no other can have its identity.
+            known = self._padded[id(inactive)] = inactive, inactive._version, whole
+        return known[2]
+
+
+# What inactive pixels hold, of so many layers, is kept.
+MOST_INACTIVE = 32
 
 _UNBOUNDED = bits(-math.inf), bits(math.inf)
 
