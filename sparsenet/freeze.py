@@ -20,7 +20,7 @@ from sparsenet.backends.workspace import Workspace
 from sparsenet.chains import FusedForward
 from sparsenet.cuda_graph import GraphedCall, check_graph
 from sparsenet.features import Features
-from sparsenet.frozen_branch import make_direct
+from sparsenet.frozen_branch import OctavesForward, halves, make_direct
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import (
     FOLLOWERS,
@@ -36,6 +36,7 @@ from sparsenet.masks import blobs
 from sparsenet.regions import Everywhere, Frame, Regions
 from sparsenet.rules.conv import pair
 from sparsenet.selector import GivenMask, SelectiveModule, Selector
+from sparsenet.selector.levels import Octaves
 from sparsenet.surgery import call, check_model, quietly
 
 # Of the mask that guided layers are measured under.
@@ -112,6 +113,8 @@ def _frozen(model: nn.Module, example_inputs: Any, backend: str) -> tuple[nn.Mod
     for module in frozen.modules():
         if type(module) is SelectiveModule:
             make_direct(module)
+        elif type(module) is Octaves and all(map(halves, module.values())):
+            module.forward = OctavesForward(module)  # type: ignore[method-assign]
     adapters.find(frozen).freeze(frozen)
     memory = Workspace()
     frozen.register_load_state_dict_pre_hook(refuse_weights)

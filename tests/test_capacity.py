@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsenet
 from sparsenet.selection import Options, Selection
-from sparsenet.selector.levels import ALWAYS_ON, GivenLevels, LearnedLevels, active_count, strongest
+from sparsenet.selector.levels import ALWAYS_ON, GivenLevels, LearnedLevels, Octaves, active_count, strongest
 from tests import strategies
 from tests.helpers import gradients
 from tests.models import selective_branches as selective
@@ -56,7 +56,7 @@ def test_the_strongest_are_the_first_of_a_stable_sort(kind: str, batch: int, siz
 
 
 def levels(kind: str, batch: int, size: Pair, capacity: float, octaves: int, target: Any = None) -> LearnedLevels:
-    down = nn.ModuleDict({str(k): nn.Conv2d(1, 1, 3, 2, 1).double() for k in range(1, octaves + 1)})
+    down = Octaves({str(k): nn.Conv2d(1, 1, 3, 2, 1).double() for k in range(1, octaves + 1)})
     return LearnedLevels(scores(kind, batch, size)[:, None], down, 0.5, None, target, capacity)
 
 

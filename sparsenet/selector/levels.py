@@ -100,15 +100,28 @@ class Gating:
     layers: frozenset[str] | None = None
 
 
+class Octaves(nn.ModuleDict):
+    """The learned downsamplings of the saliency, one 3x3 stride-2 convolution for each octave, from its probabilities
+    to the logits of the next."""
+
+    def forward(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], dict[Pair, Tensor]]:
+        """The logits of all octaves, (N, 1, H, W) each, the given ones first; and by size the masks, bool (N, H, W), of
+        what has a probability above the threshold, where they came of it by the way."""
+        octaves = [logits]
+        for convolution in self.values():
+            octaves.append(convolution(octaves[-1].sigmoid()))
+        return octaves, {}
+
+
 class LearnedLevels:
-    """Levels of predicted saliency: one learned 3x3 stride-2 convolution for each octave (SCN, arXiv 2002.01205: masks
-    of smaller maps come by strided convolution, which it found better than pooling).
+    """Levels of predicted saliency (SCN, arXiv 2002.01205: masks of smaller maps come by strided convolution, which it
+    found better than pooling).
 
     All octaves are computed here, at the entry, so that none is first computed inside a recomputed region.
 
     Args:
         logits: (N, 1, H, W) at the entry.
-        down: the convolutions, each from the probabilities of an octave to the logits of the next.
+        down: what gives the other octaves.
         threshold: a pixel is active where its probability is above.
         gating: how masks take gradient, also under a capacity, or `None` where they are constants.
         target: masks that are active beside the predicted ones, by size (warm-up of direct supervision); under a
@@ -119,7 +132,7 @@ class LearnedLevels:
     def __init__(
         self,
         logits: Tensor,
-        down: nn.ModuleDict,
+        down: Octaves,
         threshold: float,
         gating: Gating | None,
         target: Callable[[Pair], Tensor] | None = None,
@@ -129,9 +142,7 @@ class LearnedLevels:
         self.capacity = capacity
         self.gating = gating
         self.target = target
-        self.octaves = [logits]
-        for convolution in down.values():
-            self.octaves.append(convolution(self.octaves[-1].sigmoid()))
+        self.octaves, self._masks = down(logits, threshold)
         self._logits: dict[Pair, Tensor] = {}
         self._drawn: dict[Pair, Tensor] = {}
         self._random: torch.Generator | None = None
@@ -158,12 +169,13 @@ class LearnedLevels:
             return strongest(self._scores(size), active_count(self.capacity, size))
         if max(size) <= ALWAYS_ON:
             return torch.ones(len(self.octaves[0]), *size, dtype=torch.bool, device=self.octaves[0].device)
-        logits = self._sample(size)
-        if logits is None:
+        if size in self._masks and self._random is None:
+            mask = self._masks[size]
+        elif (logits := self._sample(size)) is not None:
+            mask = logits.detach()[:, 0].sigmoid() > self.threshold
+        else:
             last = self.octaves[-1]
             mask = any_pool(self.mask((last.shape[2], last.shape[3])), size)
-        else:
-            mask = logits.detach()[:, 0].sigmoid() > self.threshold
         return mask if self.target is None else mask | self.target(size)
 
     def _scores(self, size: Pair) -> Tensor:

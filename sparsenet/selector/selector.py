@@ -13,7 +13,7 @@ from sparsenet import context
 from sparsenet.features import Features, enter, ordinary
 from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Options, Selection
-from sparsenet.selector.levels import GivenLevels, LearnedLevels
+from sparsenet.selector.levels import GivenLevels, LearnedLevels, Octaves
 from sparsenet.selector.supervision import Supervision
 from sparsenet.sites import Pair
 
@@ -70,7 +70,7 @@ class Selector(nn.Module):
     def __init__(self, module: nn.Module, octaves: int, options: Options = Options()):  # noqa: B008 - frozen
         super().__init__()
         self.module = module
-        self.down = nn.ModuleDict({str(k): _downsampler() for k in range(1, octaves + 1)})
+        self.down = Octaves({str(k): _downsampler() for k in range(1, octaves + 1)})
         self.options = options
         self._met: dict[Pair, dict[Pair, None]] = {}  # by size of the entry, the sizes that passes have met after it
         self._asked: dict[Pair, dict[Any, None]] = {}  # and the kernel maps that the last pass has asked for
