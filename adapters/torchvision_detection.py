@@ -14,6 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from sparsenet import context
 from sparsenet.adapters import Adapter
+from sparsenet.constants import constant
 from sparsenet.features import Features
 from sparsenet.regions import Frame
 
@@ -106,14 +107,22 @@ def active_anchors(generator: Any, batch: int) -> Tensor | None:
     guided = [source for source in sources if isinstance(source, Features)]
     if not guided or any(source.selection.live for source in guided):
         return None
-    parts = []
+    parts, counts = [], []
     for source, anchors in zip(sources, generator.num_anchors_per_location(), strict=True):
         if isinstance(source, Features):
             mask = source.selection.mask(source.grid).flatten(1)
         else:
             mask = torch.ones(batch, source.shape[2] * source.shape[3], dtype=torch.bool, device=source.device)
-        parts.append(mask.repeat_interleave(anchors, 1))
-    return torch.cat(parts, 1)
+        parts.append(mask)
+        counts.append((mask.shape[1], anchors))
+    return torch.cat(parts, 1).index_select(1, _pixels(tuple(counts), parts[0].device))
+
+
+@constant(16)
+def _pixels(counts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """The pixel of each anchor, of maps of so many pixels and anchors for each, one behind the other."""
+    pixels, anchors = torch.tensor(counts, device=device).unbind(1)
+    return torch.arange(int(pixels.sum()), device=device).repeat_interleave(anchors.repeat_interleave(pixels))
 
 
 # Sizes and numbers of images whose anchors are kept.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -133,10 +134,19 @@ class Prepared:
             by_tap = packed.weights[0, 0].nbytes > AHEAD
             kernel = convolution.product(vectors, whole, dtype, order, epilogue.activation, by_tap)
         self._weights = packed.weights
-        self._scale = padded(epilogue.scale, 1.0, groups, panels * width, dtype)
-        self._shift = padded(epilogue.shift, 0.0, groups, panels * width, dtype)
-        self._kernel = _Kernel(kernel, channels, self.outputs, groups, panels, together, width, dtype, by_tap)
-        self._bounds = bits(epilogue.low), bits(epilogue.high)
+        scale = padded(epilogue.scale, 1.0, groups, panels * width, dtype)
+        shift = padded(epilogue.shift, 0.0, groups, panels * width, dtype)
+        fixed = {
+            "channels": channels,
+            "out_stride": self.outputs,
+            "outputs": self.outputs // groups,
+            "group_panels": panels // groups,
+            "piece_panels": together,
+            "low": bits(epilogue.low),
+            "high": bits(epilogue.high),
+        }
+        operands = packed.weights, scale, shift
+        self._kernel = _Kernel(kernel, operands, channels * packed.groups, panels, width, fixed, by_tap=by_tap)
 
     def run(
         self,
@@ -171,8 +181,7 @@ class Prepared:
     ) -> Job:
         """What `run` does, to be run later, once or often; `weights`, packed alike, go before those that it was made
         with."""
-        operands = self._weights if weights is None else weights, self._scale, self._shift, residual
-        return self._kernel.job(rows, operands, out, table, inputs, self._bounds, 0.0)
+        return self._kernel.job(rows, residual, table, inputs, out, weights)
 
 
 class Pooling:
@@ -188,9 +197,8 @@ class Pooling:
         panels = -(-channels // width)
         one, none = constant(panels * width, 1.0, dtype), constant(panels * width, 0.0, dtype)
         kernel = convolution.by_channel(operation, vectors, channels % width == 0, dtype, None, "clamp")
-        self._operands = none, one, none, None
-        self._outside = outside
-        self._kernel = _Kernel(kernel, channels, channels, 1, panels, panels, width, dtype)
+        fixed = {"out_stride": channels, "outputs": channels, "piece_panels": panels} | _UNBOUNDED
+        self._kernel = _Kernel(kernel, (none, one, none), channels, panels, width, fixed, outside)
         self._padded: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def job(
@@ -202,7 +210,7 @@ class Pooling:
             inactive: what an inactive pixel holds, (C,); zero if `None`.
         """
         inactive = None if inactive is None else self._whole(inactive)
-        return self._kernel.job(rows, self._operands, out, table, inputs, _UNBOUNDED, self._outside, inactive)
+        return self._kernel.job(rows, None, table, inputs, out, inactive=inactive)
 
     def _whole(self, inactive: Tensor) -> Tensor:
         """With room to read whole vectors; kept for the next pass, unless it was written to."""
@@ -222,7 +230,7 @@ class Pooling:
 # What inactive pixels hold, of so many layers, is kept.
 MOST_INACTIVE = 32
 
-_UNBOUNDED = bits(-math.inf), bits(math.inf)
+_UNBOUNDED = {"low": bits(-math.inf), "high": bits(math.inf)}
 
 pooling = functools.lru_cache(maxsize=256)(Pooling)
 
@@ -236,92 +244,91 @@ def pool(operation: str, rows: Tensor, table: Tensor, inputs: int, outside: floa
 
 
 class _Kernel:
-    """A kernel, and the numbers of its jobs that hang on the layer alone: see
-    `sparsenet.kernels.convolution.FIELDS`."""
+    """A kernel, and those numbers of its jobs that hang on the layer alone: see `sparsenet.kernels.convolution.FIELDS`.
+
+    Args:
+        operands: weights, scale and shift.
+        channels: of a row that is read.
+        panels, width: of the weights, and of one panel.
+        fixed: numbers by field.
+        outside: what a place outside the image holds.
+    """
 
     def __init__(
         self,
         kernel: machine.Launch,
+        operands: tuple[Tensor, Tensor, Tensor],
         channels: int,
-        outputs: int,
-        groups: int,
         panels: int,
-        together: int,
         width: int,
-        dtype: torch.dtype,
+        fixed: dict[str, int],
+        outside: float = 0.0,
         by_tap: bool = False,
     ):
+        weights, scale, shift = operands
         self.kernel = kernel
-        self.by_tap = by_tap
-        self.channels = channels
-        self.outputs = outputs
-        self.each = outputs // groups
         self.panels = panels
-        self.group_panels = panels // groups
-        self.together = together
         self.width = width
-        self.at_once = convolution.tile(width // machine.lanes(dtype))
-        self.dtype = dtype
+        self.dtype = scale.dtype
+        length = channels + width
+        zeros, beyond = constant(length, 0.0, self.dtype), constant(length, outside, self.dtype)
+        addresses = {"weights": weights, "scale": scale, "shift": shift, "zeros": zeros, "outside": beyond}
+        fixed = fixed | {"panels": panels} | {name: tensor.data_ptr() for name, tensor in addresses.items()}
+        self._numbers = array("q", [fixed.get(field, 0) for field in convolution.FIELDS])
+        self._held = *operands, zeros, beyond
+        self._together = fixed["piece_panels"]
+        self._by_tap = by_tap
+        self._at_once = convolution.tile(width // machine.lanes(self.dtype))
+        self._panel = weights.numel() // panels
 
     def job(
         self,
         rows: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        out: Tensor,
+        residual: Tensor | None,
         table: Tensor | None,
         inputs: int,
-        bounds: tuple[int, int],
-        outside: float,
-        nothing: Tensor | None = None,
+        out: Tensor,
+        weights: Tensor | None = None,
+        inactive: Tensor | None = None,
     ) -> Job:
-        """On weights, scale, shift and residual; `nothing` is what is read of an inactive pixel, zeros if `None`."""
+        """On rows; `weights` go before its own, and `inactive` is what an inactive pixel holds, zeros if `None`."""
         if table is None:
             table = _itself(inputs)
         sites, taps = table.shape
-        weights, scale, shift, residual = operands
         # Work per site, of which a piece has as many as keep it short, but not more than leaves each thread two.
-        panel = weights.numel() // self.panels
-        work = max(1, panel * self.together)
-        threads = torch.get_num_threads() if sites * work * (self.panels // self.together) > ALONE else 1
+        panel, together, panels = self._panel, self._together, self.panels
+        work = max(1, panel * together)
+        threads = torch.get_num_threads() if sites * work * (panels // together) > ALONE else 1
         ahead = 0
-        if self.together == self.panels:
+        if together == panels:
             share = min(PIECE // work, -(-sites // (2 * threads)))
-        elif self.by_tap:
-            share = -(-sites // max(-(-sites // PASSING), -(-2 * threads // self.panels))) + self.at_once - 1
+        elif self._by_tap:
+            share = -(-sites // max(-(-sites // PASSING), -(-2 * threads // panels))) + self._at_once - 1
             ahead = panel // taps
         else:
-            share = -(-sites // max(1, min(PIECES * threads // self.panels, sites * work // PIECE)))
+            share = -(-sites // max(1, min(PIECES * threads // panels, sites * work // PIECE)))
             if share >= sites:
                 ahead = panel * threads
-        length = rows.shape[1] + self.width
-        nothing = constant(length, 0.0, self.dtype) if nothing is None else nothing
-        beyond = constant(length, outside, self.dtype)
-        numbers = [
-            rows.data_ptr(),
-            table.data_ptr(),
-            weights.data_ptr(),
-            scale.data_ptr(),
-            shift.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            nothing.data_ptr(),
-            beyond.data_ptr(),
-            sites,
-            taps,
-            self.channels,
-            rows.stride(0),
-            self.outputs,
-            self.each,
-            self.panels,
-            self.group_panels,
-            max(1, share // self.at_once) * self.at_once,
-            self.together,
-            inputs,
-            0,
-            ahead,
-            *bounds,
-        ]
-        return Job(self.kernel, numbers, threads, rows, *operands, out, table, nothing, beyond)
+        numbers = self._numbers[:]
+        numbers[_ROWS], numbers[_TABLE], numbers[_OUT] = rows.data_ptr(), table.data_ptr(), out.data_ptr()
+        numbers[_SITES], numbers[_TAPS], numbers[_INPUTS], numbers[_STRIDE] = sites, taps, inputs, rows.stride(0)
+        numbers[_SHARE], numbers[_AHEAD] = max(1, share // self._at_once) * self._at_once, ahead
+        if residual is not None:
+            numbers[_RESIDUAL] = residual.data_ptr()
+        if weights is not None:
+            numbers[_WEIGHTS] = weights.data_ptr()
+        if inactive is not None:
+            numbers[_ZEROS] = inactive.data_ptr()
+        return Job(self.kernel, numbers, threads, rows, table, out, residual, weights, inactive, self._held)
+
+
+_ROWS, _TABLE, _OUT, _RESIDUAL, _WEIGHTS, _ZEROS, _SITES, _TAPS, _INPUTS, _STRIDE, _SHARE, _AHEAD = map(
+    convolution.FIELDS.index,
+    (
+        *("rows", "table", "out", "residual", "weights", "zeros"),
+        *("sites", "taps", "inputs", "row_stride", "piece_sites", "ahead"),
+    ),
+)
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, kernel_map: KernelMap | None) -> Tensor:

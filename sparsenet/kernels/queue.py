@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,7 +33,7 @@ class Job:
 
     __slots__ = ("held", "kernel", "numbers", "threads")
 
-    def __init__(self, kernel: Launch, numbers: list[int], threads: int, *held: Any):
+    def __init__(self, kernel: Launch, numbers: MutableSequence[int], threads: int, *held: Any):
         self.kernel = kernel
         self.numbers = numbers
         self.threads = threads
