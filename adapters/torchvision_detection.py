@@ -121,8 +121,11 @@ def active_anchors(generator: Any, batch: int) -> Tensor | None:
 @constant(16)
 def _pixels(counts: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """The pixel of each anchor, of maps of so many pixels and anchors for each, one behind the other."""
-    pixels, anchors = torch.tensor(counts, device=device).unbind(1)
-    return torch.arange(int(pixels.sum()), device=device).repeat_interleave(anchors.repeat_interleave(pixels))
+    first, parts = 0, []
+    for pixels, anchors in counts:
+        parts.append(torch.arange(first, first + pixels).repeat_interleave(anchors))
+        first += pixels
+    return torch.cat(parts).to(device)
 
 
 # Sizes and numbers of images whose anchors are kept.

@@ -200,11 +200,11 @@ class OctavesForward:
     def __init__(self, octaves: Octaves):
         self.octaves = octaves
 
-    def __call__(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], dict[Pair, Tensor]]:
+    def __call__(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
         convolutions: list[Any] = list(self.octaves._modules.values())
         if context.current().observers or any(map(hooked, convolutions)) or not _of_one_channel(logits):
             return type(self.octaves).forward(self.octaves, logits, threshold)
-        found, masks = [logits], {}
+        found, masks = [logits], []
         for place in range(len(convolutions) + 1):
             last, following, weight, bias = found[-1], None, None, None
             batch, _, height, width = last.shape
@@ -212,7 +212,8 @@ class OctavesForward:
                 following = last.new_empty(batch, 1, (height + 1) // 2, (width + 1) // 2)
                 weight, bias = convolutions[place]._parameters.values()
                 found.append(following)
-            masks[height, width], job = octave.octave(last, threshold, following, weight, bias)
+            mask, job = octave.octave(last, threshold, following, weight, bias)
+            masks.append(mask)
             job.wait()
         queue.finish()
         return found, masks

@@ -28,6 +28,8 @@ from sparsenet.features import Features
 from sparsenet.freeze import freeze
 from sparsenet.frozen_layer import FrozenLayer
 from sparsenet.frozen_modules import FrozenConv2d, FrozenLinear, OfAllPixels
+from sparsenet.kernels import machine
+from sparsenet.selection import Selection, _Between
 from sparsenet.sites import Window
 from tests import strategies
 from tests.helpers import assert_equal
@@ -1548,6 +1550,55 @@ def test_nothing_piles_up_from_pass_to_pass() -> None:
             kept = [value for layer in layers for value in vars(layer).values() if isinstance(value, dict | list | set)]
             sizes.append(sum(map(len, kept)))
     assert max(sizes[20:]) <= max(sizes[:20])
+
+
+# -- kernel maps -------------------------------------------------------------------------------------------------
+
+
+class Turning(nn.Module):
+    """Layers, of which a pass takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 5, 3, padding=1)
+        self.ways = nn.ModuleList([nn.Conv2d(5, 4, 3, padding=1), nn.Conv2d(5, 4, 3, 2, 1), nn.Conv2d(5, 4, 5)])
+        self.last = nn.Conv2d(4, 2, 3, padding=1)
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.ways[self.turn](self.stage(x)))
+
+
+@torch.no_grad()
+def test_kernel_maps_are_found_at_the_entry_and_elsewhere_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = sparsenet.selectify(
+        Turning().double().eval(), "stage", selector=GivenMask(), example_inputs=torch.rand(1, 3, 9, 8).double()
+    )
+    frozen = freeze(model, torch.rand(1, 3, 9, 8).double())
+    inside: list[bool] = []
+    found: list[bool] = []
+    expect, of = Selection.expect, _Between.of
+
+    def expecting(self: Selection, between: Any) -> None:
+        inside.append(True)
+        expect(self, between)
+        inside.clear()
+
+    monkeypatch.setattr(Selection, "expect", expecting)
+    monkeypatch.setattr(_Between, "of", lambda self, selection: (found.append(bool(inside)), of(self, selection))[1])
+    for seed, turn in enumerate([0, 0, 1, 1, 0, 2, 2]):
+        found.clear()
+        model.turn = frozen.turn = turn
+        image = torch.rand(2, 3, 9, 8).double()
+        with sparsenet.use_mask(blobs(2, (9, 8), seed)):
+            result = frozen(image)
+            before = list(found)
+            assert_same(result, model(image))
+        if machine.unsupported() is None and seed in (1, 3, 6):
+            assert before and all(before)  # the pass before has met the same
+        elif seed:
+            assert not all(before)
 
 
 # -- detectors ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Frozen blocks whose channels go last and come back: layer normalisation by a kernel, and permutations of what a layer
-has yet to compute."""
+"""Frozen blocks whose channels go last and come back: normalisation of each pixel by a kernel, and permutations of what
+a layer has yet to compute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import sparsenet
 from sparsenet import GivenMask
 from sparsenet.kernels import machine, norm
-from sparsenet.rules import combine, linear
+from sparsenet.rules import channels, combine, linear
 from tests.models import assert_same, blobs
 
 pytestmark = pytest.mark.skipif(machine.unsupported() is not None, reason=str(machine.unsupported()))
@@ -102,7 +102,34 @@ def written_after_the_norm(m: Any, x: Tensor) -> Any:
     return m.widen(before), m.last(y)
 
 
+def of_unit_length(m: Any, x: Tensor) -> Any:
+    """As SSD has it, and read by the next layer before."""
+    y = m.spread(x).relu()
+    return m.last(y), m.scale.view(1, -1, 1, 1) * F.normalize(y), F.normalize(m.last(y), 2.0, 1, 1e-2)
+
+
+def of_unit_length_and_on(m: Any, x: Tensor) -> Any:
+    """What follows becomes part of it, or does not."""
+    y = m.spread(x)
+    added = F.normalize(y, dim=-3) * m.scale + y
+    return m.last(F.normalize(y).relu()), m.last(added), m.last(F.normalize(y, p=1.0)), F.normalize(y) * m.norm.bias[:1]
+
+
+def unit_length_of_what_is_written_to(m: Any, x: Tensor) -> Any:
+    y = m.spread(x)
+    before = F.normalize(y)
+    y.mul_(3).add_(x)
+    scale = m.scale.detach().clone()
+    after = F.normalize(y) * scale
+    scale.zero_()
+    before.relu_()
+    return before, after, m.last(after)
+
+
 FUNCTIONS = [
+    of_unit_length,
+    of_unit_length_and_on,
+    unit_length_of_what_is_written_to,
     block,
     normalised_only,
     norm_of_another_kind,
@@ -155,6 +182,40 @@ def test_its_norms_are_kernels_and_the_rest_is_part_of_a_layer(guided: bool, mon
         assert_same(found, model(images(1, torch.float32)))
     pixels = int(mask.sum()) if guided else 72
     assert shapes == [(pixels, WIDTH)] * 2
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+def test_unit_length_and_a_scale_are_one_kernel(guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frozen = made(of_unit_length, guided, torch.float32)
+    shapes: list[torch.Size] = []
+    kernel = norm.unit_length
+    monkeypatch.setattr(norm, "unit_length", lambda rows, *args: (shapes.append(rows.shape), kernel(rows, *args))[1])
+    for place, name in ((channels, "over_channels"), (combine, "aligned")):
+        monkeypatch.setattr(place, name, None)
+    with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
+        found = frozen(images(1, torch.float32))
+    monkeypatch.undo()
+    with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
+        assert_same(found, model(images(1, torch.float32)))
+    assert len(shapes) == 2
+
+
+@given(
+    count=st.integers(0, 100),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    size=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_of_unit_length(count: int, width: int, dtype: torch.dtype, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = size * torch.randn(count, width, generator=generator, dtype=dtype)
+    weight = torch.randn(width, generator=generator, dtype=dtype)
+    memory = torch.full((count + 2, width), 7.0, dtype=dtype)
+    norm.unit_length(rows, weight, 1e-4, memory[1:-1]).run()
+    assert memory[[0, -1]].eq(7.0).all()
+    exact = F.normalize(rows.double(), eps=1e-4) * weight.double()
+    assert ((memory[1:-1].double() - exact).abs() <= 16 * torch.finfo(dtype).eps * (exact.abs() + 1e-30)).all()
 
 
 @given(

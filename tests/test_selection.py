@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sparsenet
 from sparsenet.features import Features, MaskedFeatures
 from sparsenet.selection import Options, Selection
-from sparsenet.selector.levels import Gating, GivenLevels, LearnedLevels, learned_octaves
+from sparsenet.selector.levels import Gating, GivenLevels, LearnedLevels, Octaves, learned_octaves
 from tests import strategies
 from tests.helpers import STORAGES, assert_equal, assert_guided, guide, keep, select
 from tests.strategies import Pair
@@ -68,9 +68,9 @@ def test_the_mask_of_a_size_does_not_depend_on_what_produces_it(storage: str, ma
 # -- learned masks -----------------------------------------------------------------------------------------------
 
 
-def chain(octaves: int) -> nn.ModuleDict:
+def chain(octaves: int) -> Octaves:
     """Downsamplers with weights of their own, so that no octave can stand in for another."""
-    return nn.ModuleDict({str(k): nn.Conv2d(1, 1, 3, 2, 1).double() for k in range(1, octaves + 1)})
+    return Octaves({str(k): nn.Conv2d(1, 1, 3, 2, 1).double() for k in range(1, octaves + 1)})
 
 
 def learned(size: Pair, octaves: int, batch: int = 2, live: bool = True) -> tuple[LearnedLevels, list[Tensor]]:
@@ -125,7 +125,7 @@ def test_a_network_gets_the_downsamplers_it_needs(sizes: list[Pair], octaves: in
 def test_predicted_masks_meet_their_targets() -> None:
     logits, forced = torch.full((1, 1, 8, 8), -5.0), torch.zeros(1, 8, 8, dtype=torch.bool)
     forced[0, 2, 3] = True
-    levels = LearnedLevels(logits, nn.ModuleDict(), 0.5, None, target=lambda size: GivenLevels(forced).mask(size))
+    levels = LearnedLevels(logits, Octaves(), 0.5, None, target=lambda size: GivenLevels(forced).mask(size))
     assert torch.equal(levels.mask((8, 8)), forced)
 
 

@@ -104,13 +104,13 @@ class Octaves(nn.ModuleDict):
     """The learned downsamplings of the saliency, one 3x3 stride-2 convolution for each octave, from its probabilities
     to the logits of the next."""
 
-    def forward(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], dict[Pair, Tensor]]:
-        """The logits of all octaves, (N, 1, H, W) each, the given ones first; and by size the masks, bool (N, H, W), of
-        what has a probability above the threshold, where they came of it by the way."""
+    def forward(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits of all octaves, (N, 1, H, W) each, the given ones first; and the masks, bool (N, H, W), of what
+        has a probability above the threshold, of all or none: where they come of it by the way."""
         octaves = [logits]
         for convolution in self.values():
             octaves.append(convolution(octaves[-1].sigmoid()))
-        return octaves, {}
+        return octaves, []
 
 
 class LearnedLevels:
@@ -151,10 +151,13 @@ class LearnedLevels:
             self._random = torch.Generator(logits.device)
             self._random.manual_seed(int(torch.randint(2**62, ())))
 
+    def _level(self, size: Pair) -> int:
+        """The octave that a size is of."""
+        return octave((self.octaves[0].shape[2], self.octaves[0].shape[3]), size)
+
     def logits(self, size: Pair) -> Tensor | None:
         """(N, 1, *size), or `None` where nothing is predicted: tiny maps and octaves without a convolution."""
-        entry = (self.octaves[0].shape[2], self.octaves[0].shape[3])
-        level = octave(entry, size)
+        level = self._level(size)
         if max(size) <= ALWAYS_ON or level >= len(self.octaves):
             return None
         if size not in self._logits:
@@ -169,8 +172,9 @@ class LearnedLevels:
             return strongest(self._scores(size), active_count(self.capacity, size))
         if max(size) <= ALWAYS_ON:
             return torch.ones(len(self.octaves[0]), *size, dtype=torch.bool, device=self.octaves[0].device)
-        if size in self._masks and self._random is None:
-            mask = self._masks[size]
+        level = self._level(size)
+        if self._random is None and level < len(self._masks) and self._masks[level].shape[1:] == size:
+            mask = self._masks[level]
         elif (logits := self._sample(size)) is not None:
             mask = logits.detach()[:, 0].sigmoid() > self.threshold
         else:

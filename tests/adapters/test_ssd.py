@@ -15,10 +15,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 import sparsenet
 from sparsenet import GivenMask, SelectiveModule
+from sparsenet.adapters import torchvision_ssd
+from sparsenet.kernels import machine
 from tests.models import assert_same, at_size, error, small_ssd
 
 LEVELS = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)]
@@ -570,6 +574,90 @@ def test_heads_results_leave_the_region_in_sight(model: Any) -> None:
         model.selector.options = replace(model.selector.options, strict=True)
         with pytest.raises(RuntimeError, match="leaves the guided region"):
             run(images, None)
+
+
+# -- frozen ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frozen_pair(original: SSD) -> tuple[Any, Any]:
+    """A selective model whose heads' biases are not zero, and the same frozen."""
+    model = sparsenet.selectify(original, "pool2", selector=GivenMask()).eval()
+    for name, parameter in model.head.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model, sparsenet.freeze(model, (images_and_targets()[0],))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("active", [masks, everything, lambda: masks(empty=True)], ids=["some", "all", "none"])
+def test_frozen_heads_write_what_they_do_one_by_one(
+    frozen_pair: tuple[Any, Any], active: Callable[[], list[Tensor]], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, frozen = frozen_pair
+    images, given_masks = images_and_targets()[0][:count], active()[:count]
+    written: list[Tensor | None] = []
+    together = torchvision_ssd.side_by_side
+
+    def side_by_side(layers: Any, maps: Any) -> Tensor | None:
+        written.append(together(layers, maps))
+        return written[-1]
+
+    monkeypatch.setattr(torchvision_ssd, "side_by_side", side_by_side)
+    for _ in range(3):
+        with sparsenet.use_mask(given_masks):
+            wanted, found = head_outputs(model, images), head_outputs(frozen, images)
+        assert_same(found, wanted)
+    if machine.unsupported() is None and active is not everything:
+        assert sum(each is not None for each in written) == 6
+
+
+def test_frozen_heads_with_hooks(frozen_pair: tuple[Any, Any]) -> None:
+    model, frozen = frozen_pair[0], copy.deepcopy(frozen_pair[1])
+    seen: list[Any] = []
+    frozen.head.regression_head.module_list[2].register_forward_hook(lambda *_: seen.append(1))
+    images, _ = images_and_targets()
+    with sparsenet.use_mask(masks()):
+        assert_same(head_outputs(frozen, images), head_outputs(model, images))
+    assert seen == [1]
+
+
+def test_frozen_anchors_are_made_once(frozen_pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every size and number of images, and again if the generator was changed or they were written to."""
+    model, frozen = frozen_pair[0], copy.deepcopy(frozen_pair[1])
+    made: list[int] = []
+    forward = DefaultBoxGenerator.forward
+    monkeypatch.setattr(
+        DefaultBoxGenerator, "forward", lambda self, images, maps: (made.append(1), forward(self, images, maps))[1]
+    )
+    images = [torch.rand(3, 300, 300, dtype=torch.float64)] * 2
+    batch, maps = ImageList(torch.stack(images), [(300, 300)] * 2), [torch.rand(2, 4, *size) for size in LEVELS]
+    kept, own = frozen.anchor_generator, model.anchor_generator
+
+    def check(more: int) -> list[Tensor]:
+        before = len(made)
+        found = kept(batch, maps)
+        assert len(made) - before == more
+        assert_same(found, own(batch, maps), rounds=0)
+        return found
+
+    check(1)
+    check(0)
+    with torch.inference_mode():
+        check(0)[0].mul_(2)
+    check(1)
+    check(0)[1].zero_()
+    check(1)
+    for generator in (kept, own):
+        generator.steps = [2 * step for step in generator.steps]
+    check(1)
+    for generator in (kept, own):
+        generator._wh_pairs[0].mul_(2)
+    check(1)
+    own._wh_pairs[0].div_(2)
+    own.steps = [step // 2 for step in own.steps]  # it is the original's, and others'
+    batch.image_sizes.pop()
+    assert len(kept(batch, maps)) == 1
 
 
 # -- copies ----------------------------------------------------------------------------------------------------

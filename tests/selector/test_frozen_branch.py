@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import sparsenet
 from sparsenet.chains import FusedForward
-from sparsenet.frozen_branch import DirectForward
+from sparsenet.frozen_branch import DirectForward, OctavesForward
 from sparsenet.frozen_modules import FrozenConv2d
+from sparsenet.selector.levels import LearnedLevels, Octaves
 from sparsenet.selector.selective_module import SelectiveModule
 
 SWITCHES = ("dilated", "non_local", "deconv", "skip", "separable")
@@ -95,6 +96,97 @@ def test_hooks_inside_are_called() -> None:
     features = torch.randn(1, 12, 9, 8)
     compare(frozen(features), module, features)
     assert seen == ["norm"]
+
+
+def altered(module: Any, change: str) -> None:
+    match change:
+        case "weights of the transposed convolution":
+            module.up.weight.mul_(-2)
+        case "a bias of it":
+            module.up.bias = nn.Parameter(torch.randn(8), requires_grad=False)
+        case "a normalisation":
+            module.up_norm.running_mean.add_(1)
+        case "another activation":
+            module.head[-1] = nn.ELU()
+        case "no skip":
+            module.skip = False
+        case "no attention":
+            module.attend = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "weights of the transposed convolution",
+        "a bias of it",
+        "a normalisation",
+        "another activation",
+        "no skip",
+        "no attention",
+    ],
+)
+@torch.no_grad()
+def test_what_is_changed_later_counts(change: str) -> None:
+    module, frozen = (copy.deepcopy(each) for each in made("all", torch.float32))
+    features = torch.randn(2, 12, 13, 10)
+    compare(frozen(features), module, features)
+    for each in (module, frozen):
+        torch.manual_seed(1)
+        altered(each, change)
+    compare(frozen(features), module, features)
+
+
+@torch.no_grad()
+def test_all_of_it_is_computed_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, frozen = made("all", torch.float32)
+    monkeypatch.setattr(SelectiveModule, "forward", None)
+    features = torch.randn(2, 12, 45, 38)
+    found = frozen(features)
+    monkeypatch.undo()
+    compare(found, module, features)
+
+
+@given(side, side, st.integers(0, 3), st.integers(0, 6), st.sampled_from([0.5, 0.3, 0.9]), st.integers(0, 99))
+@torch.no_grad()
+def test_octaves(height: int, width: int, batch: int, count: int, threshold: float, seed: int) -> None:
+    """Logits and masks of all, but where a probability is the threshold to rounding."""
+    torch.manual_seed(seed)
+    octaves = Octaves({str(k): nn.Conv2d(1, 1, 3, 2, 1) for k in range(1, count + 1)})
+    for convolution in octaves.values():
+        nn.init.normal_(convolution.weight, std=2.0)
+    logits = 3 * torch.randn(batch, 1, height, width)
+    exact, _ = copy.deepcopy(octaves).double()(logits.double(), threshold)
+    found, masks = OctavesForward(octaves)(logits, threshold)
+    assert len(found) == count + 1
+    for each, mask, wanted in zip(found, masks, exact, strict=True):
+        torch.testing.assert_close(each, wanted.float(), rtol=1e-4, atol=1e-4)
+        probabilities = wanted[:, 0].sigmoid()
+        clear = (probabilities - threshold).abs() > 1e-4
+        assert torch.equal(mask[clear], (probabilities > threshold)[clear])
+
+
+@pytest.mark.parametrize("entry", [(40, 41), (2, 40), (40, 1)])
+@torch.no_grad()
+def test_masks_are_of_the_same_octaves(entry: tuple[int, int]) -> None:
+    """Which octave a size is of, its height alone says."""
+    torch.manual_seed(0)
+    octaves = Octaves({str(k): nn.Conv2d(1, 1, 3, 2, 1) for k in range(1, 4)})
+    for convolution in octaves.values():
+        nn.init.normal_(convolution.weight, std=2.0)
+    logits = 3 * torch.randn(2, 1, *entry)
+    plain = LearnedLevels(logits, octaves, 0.5, None)
+    kernels = LearnedLevels(logits, copy.deepcopy(octaves), 0.5, None)
+    kernels.octaves, kernels._masks = OctavesForward(octaves)(logits, 0.5)
+    for size in [entry, (20, 21), (10, 10), (2, 20), (1, 10), (20, 1), (1, 40), (7, 9)]:
+        assert torch.equal(kernels.mask(size), plain.mask(size)), size
+
+
+@torch.no_grad()
+def test_hooks_between_octaves_are_called() -> None:
+    octaves, seen = Octaves({"1": nn.Conv2d(1, 1, 3, 2, 1)}), []
+    octaves["1"].register_forward_hook(lambda *_: seen.append(1))
+    _, masks = OctavesForward(octaves)(torch.randn(1, 1, 9, 8), 0.5)
+    assert seen == [1] and not masks
 
 
 @torch.no_grad()
