@@ -12,6 +12,7 @@ from torchvision.models.detection.ssd import SSD, SSDScoringHead
 from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector, active_anchors
 from sparsenet.features import Features
 from sparsenet.frozen_heads import side_by_side
+from sparsenet.kernels import queue
 from sparsenet.plan import Plan
 from sparsenet.selection import Selection
 
@@ -77,8 +78,9 @@ class Scores:
         for place, source in enumerate(sources):
             result = head._get_result_from_module_list(source, place)
             if isinstance(result, Features) and not _watched(result.selection):
-                result = result.dense("reshape")
+                result = result.dense("reshape", waits=True)
             parts.append(result.permute(0, 2, 3, 1).reshape(len(result), -1, head.num_columns))
+        queue.finish()
         return torch.cat(parts, 1)
 
 

@@ -112,7 +112,7 @@ class Selector(nn.Module):
         if options.capacity is None and any(selection.peek(each).everywhere for each in given):
             return features  # nothing is skipped: the frozen network goes on as it came
         if selection.queues:
-            selection.expect(self._asked.get(size, ()))
+            selection.expect(list(self._asked.get(size, ())))  # of a pass that may go on in another thread
             self._asked[size] = selection.asked
         return enter(ordinary(features), selection)
 
