@@ -26,9 +26,11 @@ MOST_KEYS = 400
 def attend(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> Job:
     """softmax(queries · keysᵀ / √C) · values, of rows (n, C) and twice (m, C), to `out`, rows (n, C).
 
-    All are float32, and contiguous but for what lies between two rows, which is as much in keys as in values.
+    All are float32, and contiguous but for what lies between two rows, which is as much in keys as in values. There are
+    `MOST_KEYS` keys at most.
     """
     count, channels = queries.shape
+    assert 0 < len(keys) <= MOST_KEYS
     addresses = (each.data_ptr() for each in (queries, keys, values, out))
     numbers = [*addresses, count, len(keys), queries.stride(0), keys.stride(0), out.stride(0), 0]
     return Job(_attend(channels), numbers, torch.get_num_threads(), queries, keys, values, out)
