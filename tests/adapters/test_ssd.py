@@ -607,9 +607,13 @@ def test_frozen_heads_write_what_they_do_one_by_one(
     for _ in range(3):
         with sparsenet.use_mask(given_masks):
             wanted, found = head_outputs(model, images), head_outputs(frozen, images)
+            with torch.no_grad():
+                detected, expected = frozen(images), model(images)
         assert_same(found, wanted)
+        for one, other in zip(detected, expected, strict=True):
+            assert_same([one["boxes"], one["scores"]], [other["boxes"], other["scores"]])
     if machine.unsupported() is None and active is not everything:
-        assert sum(each is not None for each in written) == 6
+        assert sum(each is not None for each in written) == 12
 
 
 def test_frozen_heads_with_hooks(frozen_pair: tuple[Any, Any]) -> None:
