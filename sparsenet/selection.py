@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet.kernels import queue
-from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Tiles, kernel_map, tiles
+from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Tiles, Window, kernel_map, tiles
 
 
 class Levels(Protocol):
@@ -115,8 +115,12 @@ class _Between(NamedTuple):
     out_size: Pair
 
     def of(self, selection: Selection) -> Any:
-        source = selection.everywhere(self.size) if self.full else selection.sites(self.size)
-        return self.kind(source, self.window, selection.sites(self.out_size))
+        target, window = selection.sites(self.out_size), self.window
+        if not self.full:
+            return self.kind(selection.sites(self.size), window, target)
+        if self.size == self.out_size and isinstance(window, Window) and window.pointwise:
+            return KernelMap(target.index.int()[:, None], target.mask.numel())  # of all pixels each reads its own
+        return self.kind(selection.everywhere(self.size), window, target)
 
 
 class Selection:

@@ -82,7 +82,7 @@ class Prepared:
 
     def job(self, rows: Tensor, residual: Tensor | None, tiles: Tiles, inputs: int, out: Tensor) -> Job:
         """What `run` does, to be run later."""
-        count = len(tiles.reads)
+        count = tiles.reads.shape[0]
         threads = torch.get_num_threads() if count * self._weights.numel() > indirect.ALONE else 1
         piece_tiles, piece_panels = self._piece(count, threads)
         scratch = winograd.scratch(piece_tiles, self._padded, self.width)
@@ -108,7 +108,7 @@ class Prepared:
             piece_tiles,
             piece_panels,
             inputs,
-            len(out),
+            out.shape[0],
             scratch,
             0,
             0,

@@ -30,11 +30,11 @@ def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
         rank: int32 (N, H + 1, W + 1).
     """
     places, index, rank = places.contiguous(), index.contiguous(), rank.contiguous()
-    pixels, taps = places.shape
-    result = torch.empty(len(index), taps, dtype=torch.int32)
+    (pixels, taps), count = places.shape, index.shape[0]  # `len` of a tensor takes longer
+    result = torch.empty(count, taps, dtype=torch.int32)
     plane = rank.shape[1] * rank.shape[2]
     pointers = places.data_ptr(), index.data_ptr(), rank.data_ptr(), result.data_ptr()
-    _table()((*pointers, len(index), taps, pixels, plane), 1)
+    _table()((*pointers, count, taps, pixels, plane), 1)
     return result
 
 
