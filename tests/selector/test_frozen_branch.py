@@ -182,6 +182,15 @@ def test_masks_are_of_the_same_octaves(entry: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_what_is_on_the_threshold_is_not_above() -> None:
+    octaves = Octaves({"1": nn.Conv2d(1, 1, 3, 2, 1)})
+    nn.init.zeros_(octaves["1"].weight)
+    nn.init.zeros_(octaves["1"].bias)
+    _, masks = OctavesForward(octaves)(torch.zeros(2, 1, 9, 20), 0.5)
+    assert [int(mask.sum()) for mask in masks] == [0, 0]
+
+
+@torch.no_grad()
 def test_hooks_between_octaves_are_called() -> None:
     octaves, seen = Octaves({"1": nn.Conv2d(1, 1, 3, 2, 1)}), []
     octaves["1"].register_forward_hook(lambda *_: seen.append(1))
