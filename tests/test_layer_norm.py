@@ -165,39 +165,35 @@ def test_a_frozen_block(function: Callable[[Any, Tensor], Any], guided: bool, ba
             assert_same(frozen(images(batch)), model(images(batch)))
 
 
+def rows_of_kernels(
+    function: Callable[[Any, Tensor], Any], guided: bool, name: str, elsewhere: tuple[Any, str]
+) -> list[torch.Size]:
+    """The shapes of the rows that a kernel of `norm` is given in a pass in which nothing is computed `elsewhere`, nor
+    combined with anything as values, and which gives what the model does."""
+    model, frozen = made(function, guided, torch.float32)
+    shapes: list[torch.Size] = []
+    kernel = getattr(norm, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm, name, lambda rows, *args: (shapes.append(rows.shape), kernel(rows, *args))[1])
+        for place, operation in (elsewhere, (combine, "aligned")):
+            patch.setattr(place, operation, None)
+        with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
+            found = frozen(images(1, torch.float32))
+    with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
+        assert_same(found, model(images(1, torch.float32)))
+    return shapes
+
+
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-def test_its_norms_are_kernels_and_the_rest_is_part_of_a_layer(guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_norms_are_kernels_and_the_rest_is_part_of_a_layer(guided: bool) -> None:
     """Neither they, nor the scale and the residual, are operations on values."""
-    model, frozen = made(block, guided, torch.float32)
-    shapes: list[torch.Size] = []
-    layer_norm = norm.layer_norm
-    monkeypatch.setattr(norm, "layer_norm", lambda rows, *args: (shapes.append(rows.shape), layer_norm(rows, *args))[1])
-    for place, name in ((linear, "over_last"), (combine, "aligned")):
-        monkeypatch.setattr(place, name, None)
-    mask = blobs(1, (9, 8))
-    with torch.no_grad(), sparsenet.use_mask(mask):
-        found = frozen(images(1, torch.float32))
-    monkeypatch.undo()
-    with torch.no_grad(), sparsenet.use_mask(mask):
-        assert_same(found, model(images(1, torch.float32)))
-    pixels = int(mask.sum()) if guided else 72
-    assert shapes == [(pixels, WIDTH)] * 2
+    pixels = int(blobs(1, (9, 8)).sum()) if guided else 72
+    assert rows_of_kernels(block, guided, "layer_norm", (linear, "over_last")) == [(pixels, WIDTH)] * 2
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-def test_unit_length_and_a_scale_are_one_kernel(guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, frozen = made(of_unit_length, guided, torch.float32)
-    shapes: list[torch.Size] = []
-    kernel = norm.unit_length
-    monkeypatch.setattr(norm, "unit_length", lambda rows, *args: (shapes.append(rows.shape), kernel(rows, *args))[1])
-    for place, name in ((channels, "over_channels"), (combine, "aligned")):
-        monkeypatch.setattr(place, name, None)
-    with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
-        found = frozen(images(1, torch.float32))
-    monkeypatch.undo()
-    with torch.no_grad(), sparsenet.use_mask(blobs(1, (9, 8))):
-        assert_same(found, model(images(1, torch.float32)))
-    assert len(shapes) == 2
+def test_unit_length_and_a_scale_are_one_kernel(guided: bool) -> None:
+    assert len(rows_of_kernels(of_unit_length, guided, "unit_length", (channels, "over_channels"))) == 2
 
 
 @given(

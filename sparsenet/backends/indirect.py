@@ -214,15 +214,14 @@ class Pooling:
 
     def _whole(self, inactive: Tensor) -> Tensor:
         """With room to read whole vectors; kept for the next pass, unless it was written to."""
-        kernel = self._kernel
-        known = self._padded.get(id(inactive))
-        if known is None or inactive.is_inference() or known[1] != inactive._version:
-            whole = padded(inactive, 0.0, 1, kernel.panels * kernel.width, kernel.dtype)
-            if inactive.is_inference():  # writes are not counted
-                return whole
+        length, known = self._kernel.panels * self._kernel.width, self._padded.get(id(inactive))
+        if inactive.is_inference():  # writes are not counted
+            return padded(inactive, 0.0, 1, length, self._kernel.dtype)
+        if known is None or known[1] != inactive._version:
             if len(self._padded) >= MOST_INACTIVE:
                 self._padded.clear()
             # The tensor is kept too, so that no other can have its identity.
+            whole = padded(inactive, 0.0, 1, length, self._kernel.dtype)
             known = self._padded[id(inactive)] = inactive, inactive._version, whole
         return known[2]
 
