@@ -16,6 +16,7 @@ from sparsenet.frozen_modules import FrozenConv2d
 from sparsenet.kernels import queue
 from sparsenet.selection import Selection
 from sparsenet.sites import Pair
+from sparsenet.work import OfActiveSites
 
 
 def side_by_side(layers: Sequence[Any], maps: Sequence[Any]) -> Tensor | None:
@@ -72,8 +73,7 @@ class _Read(NamedTuple):
         (window, out_grid), pointwise = layer.geometry(x.form, x.grid)
         table: Any = None
         if x.full or not pointwise:
-            tables = selection.tiles if isinstance(way, Winograd) else selection.kernel_map
-            table = tables(x.grid, x.full, window, out_grid)
-            table = table if isinstance(way, Winograd) else table.table
+            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
+            table = tables.tiles() if isinstance(way, Winograd) else tables.table()
         layer.layer.count("guided")
         return _Read(layer, way.ready(Epilogue(shift=layer._parameters["bias"])), table, out_grid)
