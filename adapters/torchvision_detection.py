@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from sparsenet import context
 from sparsenet.adapters import Adapter
+from sparsenet.adapters.torchvision_transform import FrozenTransform
 from sparsenet.constants import constant
 from sparsenet.features import Features
 from sparsenet.regions import Frame
@@ -54,8 +56,9 @@ class Detector(Adapter):
 
     def freeze(self, model: nn.Module) -> None:
         for module in model.modules():
-            if type(module) in (AnchorGenerator, DefaultBoxGenerator) and "forward" not in vars(module):
-                module.forward = KeptAnchors(module)
+            stand_in = FROZEN.get(type(module))
+            if stand_in is not None and "forward" not in vars(module):
+                module.forward = stand_in(module)
 
 
 def remove_hooks(module: nn.Module, *kinds: type) -> None:
@@ -164,6 +167,13 @@ class KeptAnchors:
     def __getstate__(self) -> dict[str, Any]:
         return {"generator": self.generator, "_kept": {}}
 
+
+# What stands in for a module's forward in frozen models, by class.
+FROZEN: dict[type[nn.Module], Any] = {
+    AnchorGenerator: KeptAnchors,
+    DefaultBoxGenerator: KeptAnchors,
+    GeneralizedRCNNTransform: FrozenTransform,
+}
 
 _MADE_FROM = ("sizes", "aspect_ratios", "cell_anchors", "steps", "clip", "_wh_pairs")
 

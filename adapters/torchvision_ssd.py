@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD, SSDScoringHead
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector, active_anchors
+from sparsenet.adapters.torchvision_detection import NEVER, ActiveLoss, Detector
 from sparsenet.features import Features
 from sparsenet.frozen_heads import side_by_side
 from sparsenet.kernels import queue
@@ -51,9 +53,19 @@ class TorchvisionSSD(Detector):
         heads = [getattr(model.head, f"{kind}_head", None) for kind in ("classification", "regression")]
         return [
             (model, "compute_loss", ActiveLoss(model, model)),
-            (model, "postprocess_detections", ActiveDetections(model)),
+            *self._detections(model),
             *((head, "forward", Scores(head)) for head in heads if head is not None and _by_its_class(head)),
         ]
+
+    def freeze(self, model: Any) -> None:
+        super().freeze(model)
+        for module, name, stand_in in self._detections(model):
+            setattr(module, name, stand_in)
+
+    def _detections(self, model: Any) -> list[tuple[nn.Module, str, Any]]:
+        if type(model).postprocess_detections is not SSD.postprocess_detections:
+            return []
+        return [(model, "postprocess_detections", Detections(model))]
 
 
 def _by_its_class(head: nn.Module) -> bool:
@@ -90,22 +102,45 @@ def _watched(selection: Selection) -> bool:
 
 
 @dataclass(eq=False)
-class ActiveDetections:
-    """The model's own `postprocess_detections` on the anchors of active locations. The others, whose scores are zero,
-    would give nothing either, but take their share of its time."""
+class Detections:
+    """torchvision's own `postprocess_detections`, with the same result, on the anchors and classes that can be
+    detected. A class's softmax is at most the exponential of how far its logit lies below the highest one: by that
+    most anchors are background for certain, all ignored ones among them. Of the remaining pairs of an anchor and a
+    class all boxes are decoded at once, where torchvision goes through the classes."""
 
     model: SSD
 
     def __call__(
         self, outputs: dict[str, Tensor], anchors: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        detect = type(self.model).postprocess_detections
-        active = active_anchors(self.model.anchor_generator, len(anchors))
-        if active is None:
-            return detect(self.model, outputs, anchors, sizes)
-        found: list[dict[str, Tensor]] = []
-        for image, keep in enumerate(active):
-            kept = keep.nonzero()[:, 0]
-            own = {name: output[image : image + 1].index_select(1, kept) for name, output in outputs.items()}
-            found += detect(self.model, own, [anchors[image].index_select(0, kept)], [sizes[image]])
-        return found
+        logits, threshold = outputs["cls_logits"], self.model.score_thresh
+        # Half the threshold makes up for rounding, in half precision too.
+        least = math.log(threshold / 2) if threshold > 0 else -math.inf
+        likely = logits[..., 1:].amax(-1) - logits.amax(-1) >= least
+        images = zip(likely, logits, outputs["bbox_regression"], anchors, sizes, strict=True)
+        return [self._of_image(*image) for image in images]
+
+    def _of_image(
+        self, likely: Tensor, logits: Tensor, regression: Tensor, anchors: Tensor, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        model = self.model
+        likely = likely.nonzero()[:, 0]
+        by_class = logits.index_select(0, likely).softmax(-1)[:, 1:].t()
+        labels, places = (by_class > model.score_thresh).nonzero(as_tuple=True)
+        scores = by_class[labels, places]
+        order = _highest_of_each(labels, scores, model.topk_candidates)
+        labels, scores, places = 1 + labels[order], scores[order], likely[places[order]]
+        boxes = model.box_coder.decode_single(regression.index_select(0, places), anchors.index_select(0, places))
+        boxes = clip_boxes_to_image(boxes, size)
+        keep = batched_nms(boxes, scores, labels, model.nms_thresh)[: model.detections_per_img]
+        return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+def _highest_of_each(labels: Tensor, scores: Tensor, most: int) -> Tensor:
+    """Where each label's highest scores are, `most` at most: labels are sorted, and remain so. Of equal scores it has
+    those that `topk` has of a label's alone."""
+    first, parts = 0, []
+    for count in labels.unique_consecutive(return_counts=True)[1].tolist():
+        parts.append(first + scores[first : first + count].topk(min(count, most)).indices)
+        first += count
+    return torch.cat(parts) if parts else labels
