@@ -71,10 +71,12 @@ class Queue:
 
     Attributes:
         tape: on which they are recorded, or `None`.
+        kept: where jobs are kept as they come, or `None`: see `keeping`.
     """
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
+        self.kept: list[Job] | None = None
         self._waiting: list[tuple[Launch, array[int], int, Any]] = []
         self._bytes = 0
         self._scratch: Tensor | None = None
@@ -82,7 +84,10 @@ class Queue:
 
     def add(self, job: Job) -> None:
         with self._lock:
-            self._waiting.append((job.kernel, array("q", job.numbers), job.threads, job.held))
+            numbers = array("q", job.numbers)
+            self._waiting.append((job.kernel, numbers, job.threads, job.held))
+            if self.kept is not None:
+                self.kept.append(Job(job.kernel, array("q", numbers), job.threads, *job.held))
 
     def run(self) -> None:
         """Run what waits."""
@@ -157,3 +162,15 @@ def recording() -> Iterator[Tape]:
         yield tape
     finally:
         queue.tape = None
+
+
+@contextmanager
+def keeping() -> Iterator[list[Job]]:
+    """Keep the jobs that are to wait in the current queue inside, to have them run again on the same memory."""
+    queue = _current.get()
+    assert queue is not None and queue.kept is None
+    jobs = queue.kept = []
+    try:
+        yield jobs
+    finally:
+        queue.kept = None
