@@ -257,6 +257,7 @@ class BranchForward:
         # As one whose taps read what is there: see `TransposedWindow`.
         ways = {"guided": ["indirect"], "everything": ["indirect"]}
         up = FrozenLayer("up", weight.transpose(0, 1).contiguous(), spec, ways, None)
+        up.settle()
         normalised = behind(up, Epilogue(shift=branch.up.bias), branch.up_norm, weight.dtype)
         activated = None if normalised is None else normalised.activated("clamp", 0.0, math.inf)
         if activated is None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hypothesis import given as given_by
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
@@ -51,6 +53,12 @@ def masks(empty: bool = False) -> list[Tensor]:
         lines, columns = torch.arange(height)[:, None], torch.arange(width)
         found.append((lines - y).square() + (columns - x).square() < (0 if empty else radius**2))
     return found
+
+
+def ssd_of_no_layers() -> SSD:
+    """For what follows the head."""
+    nothing = nn.Identity()
+    return SSD(nothing, DefaultBoxGenerator([[2]]), (300, 300), 4, head=nothing).eval()
 
 
 def everything() -> list[Tensor]:
@@ -156,6 +164,55 @@ def test_detections_are_those_of_all_anchors(model: Any, empty: bool) -> None:
         assert {name: value.tolist() for name, value in image.items()} == {
             name: value.tolist() for name, value in wanted.items()
         }
+
+
+@given_by(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([-1.0, 0.0, 1e-30, 0.01, 0.3, 0.5, 0.999]),
+    st.sampled_from([1, 3, 400]),
+    st.sampled_from([1, 5, 200]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from([0.1, 2.0, 30.0]),
+)
+def test_detections_are_torchvisions(
+    seed: int, batch: int, classes: int, threshold: float, top: int, most: int, dtype: torch.dtype, spread: float
+) -> None:
+    """To the last bit, with logits of few values: many scores are equal, some are one or zero, some are none at all."""
+    torch.manual_seed(seed)
+    model, count = ssd_of_no_layers(), 60
+    model.score_thresh, model.topk_candidates, model.detections_per_img = threshold, top, most
+    logits = (spread * torch.randn(batch, count, classes + 1)).round()
+    logits[0, 3], logits[0, 4, 0], logits[0, 5, 1] = -torch.inf, torch.inf, torch.nan
+    outputs = {"cls_logits": logits.to(dtype), "bbox_regression": torch.randn(batch, count, 4, dtype=dtype)}
+    corners = 80 * torch.rand(count, 2, dtype=dtype)
+    anchors = [torch.cat([corners, corners + 5 + 20 * torch.rand(count, 2, dtype=dtype)], 1)] * batch
+    sizes = [(100, 90), (64, 100), (80, 80)][:batch]
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        found = torchvision_ssd.Detections(model)(outputs, anchors, sizes)
+        expected = SSD.postprocess_detections(model, outputs, anchors, sizes)
+    assert len(found) == batch
+    for image, wanted in zip(found, expected, strict=True):
+        assert image.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert image[name].dtype == value.dtype
+            assert torch.equal(image[name], value), name
+
+
+def test_a_detector_with_detections_of_its_own_keeps_them(original: SSD) -> None:
+    class Own(SSD):
+        def postprocess_detections(self, *args: Any) -> Any:
+            return super().postprocess_detections(*args)
+
+    model = copy.deepcopy(original)
+    model.__class__ = Own
+    images, _ = images_and_targets()
+    for made in (
+        sparsenet.selectify(model, "pool2", selector=GivenMask(), example_inputs=images),
+        sparsenet.freeze(model, (images,)),
+    ):
+        assert "postprocess_detections" not in vars(made)
 
 
 @pytest.mark.parametrize("backend", ["reference", "rows", "spconv"])
@@ -662,6 +719,23 @@ def test_frozen_anchors_are_made_once(frozen_pair: tuple[Any, Any], monkeypatch:
     own.steps = [step // 2 for step in own.steps]  # it is the original's, and others'
     batch.image_sizes.pop()
     assert len(kept(batch, maps)) == 1
+
+
+@pytest.mark.parametrize("kind", ["dense", "selective"])
+def test_frozen_transform(original: SSD, kind: str) -> None:
+    """Images of any size and memory, alone and together, in a detector of float32."""
+    model: Any = copy.deepcopy(original).float()
+    torch.manual_seed(0)
+    images = [torch.rand(3, 300, 300), torch.rand(200, 240, 3).permute(2, 0, 1), torch.rand(3, 301, 310)[:, ::2]]
+    if kind == "selective":
+        model = sparsenet.selectify(model, "pool2", selector=GivenMask()).eval()
+    frozen = sparsenet.freeze(model, (images[:1],))
+    assert ("forward" in vars(frozen.transform)) and "forward" not in vars(model.transform)
+    for chosen in ([0], [1], [2], [0, 1, 2], [2, 0]):
+        given_images = [images[each] for each in chosen]
+        found, expected = frozen.transform(given_images)[0], model.transform(given_images)[0]
+        assert found.image_sizes == expected.image_sizes
+        torch.testing.assert_close(found.tensors, expected.tensors, rtol=1e-5, atol=2e-3)  # of 255 in float32
 
 
 # -- copies ----------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import threading
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import finetune
 import recipe
@@ -17,7 +19,7 @@ from data import digits_voc
 from data.voc import VOCError
 from detectors.ssd import ssd300_vgg16_bn
 from evaluation.detector import Evaluation
-from evaluation.speed import compare_speed
+from evaluation.speed import compare_speed, in_turns
 from evaluation.voc_map import Matches
 from report import Comparison, markdown, thinned
 from storage import save_checkpoint
@@ -184,10 +186,34 @@ def test_speed_is_of_frozen_detectors_that_take_turns(monkeypatch):
     selective = sparsenet.selectify(dense, at="pool2", example_inputs=images[:1])
     given, frozen = [], sparsenet.freeze
     monkeypatch.setattr(sparsenet, "freeze", lambda model, inputs: given.append(model) or frozen(model, inputs))
-    times = compare_speed({"dense": dense, "selective": selective}, images, batch=2, repeats=2)
+    models = {"dense": dense, "selective": selective}
+    times = in_turns(models, images, batch=2, repeats=2)
     assert given == [dense, selective]
-    assert {name: len(values) for name, values in times.items()} == {"dense": 2, "selective": 2}
-    assert all(0 < value < 10_000 for values in times.values() for value in values)
+    for measured in (times, compare_speed(models, images, batch=2, repeats=2)):
+        assert {name: len(values) for name, values in measured.items()} == {"dense": 2, "selective": 2}
+        assert all(0 < value < 10_000 for values in measured.values() for value in values)
+    assert given == [dense, selective]  # the last ones were in a process of their own
+
+
+class Elsewhere(nn.Module):
+    """Tells a file which process calls it, and on how many threads, and fails where there is none."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def forward(self, images):
+        self.file.write_text(f"{os.getpid()} {torch.get_num_threads()} {[tuple(image.shape) for image in images]}")
+
+
+def test_speed_is_measured_in_a_process_of_its_own(tmp_path):
+    image = torch.rand(3, 8, 9)
+    compare_speed({"one": Elsewhere(tmp_path / "told")}, [image] * 2, batch=2, repeats=1)
+    process, threads, images = (tmp_path / "told").read_text().split(" ", 2)
+    assert int(process) != os.getpid() and int(threads) == torch.get_num_threads()
+    assert images == "[(3, 8, 9), (3, 8, 9)]"
+    with pytest.raises(FileNotFoundError):
+        compare_speed({"one": Elsewhere(tmp_path / "missing" / "told")}, [image], batch=1, repeats=1)
 
 
 def test_comparison_of_two_seeds():

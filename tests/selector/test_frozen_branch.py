@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 import sparsenet
 from sparsenet.chains import FusedForward
-from sparsenet.frozen_branch import DirectForward, OctavesForward
+from sparsenet.frozen_branch import MOST_SIZES, BranchForward, DirectForward, OctavesForward, _held, _Recording
 from sparsenet.frozen_modules import FrozenConv2d
+from sparsenet.kernels import machine
 from sparsenet.selector.levels import LearnedLevels, Octaves
 from sparsenet.selector.selective_module import SelectiveModule
 
@@ -129,7 +131,8 @@ def altered(module: Any, change: str) -> None:
 def test_what_is_changed_later_counts(change: str) -> None:
     module, frozen = (copy.deepcopy(each) for each in made("all", torch.float32))
     features = torch.randn(2, 12, 13, 10)
-    compare(frozen(features), module, features)
+    for _ in range(2):  # what was recorded, too
+        compare(frozen(features), module, features)
     for each in (module, frozen):
         torch.manual_seed(1)
         altered(each, change)
@@ -144,6 +147,121 @@ def test_all_of_it_is_computed_by_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     found = frozen(features)
     monkeypatch.undo()
     compare(found, module, features)
+
+
+def recordings(frozen: Any) -> list[Any]:
+    return [each for free in frozen.forward._recorded.values() for each in free]
+
+
+def recorded(*sizes: tuple[int, ...]) -> tuple[SelectiveModule, Any]:
+    """A module, and the same frozen, which has met features of these sizes."""
+    module, frozen = made("all", torch.float32)
+    frozen = copy.deepcopy(frozen)
+    for size in sizes:
+        frozen(torch.randn(size))
+    return module, frozen
+
+
+@pytest.mark.parametrize("size", [(1, 12, 13, 10), (3, 12, 9, 8)])
+@torch.no_grad()
+def test_what_was_recorded_is_computed_on_other_features(
+    size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever these lie; what it gave before stays as it was."""
+    module, frozen = recorded(size)
+    assert len(recordings(frozen)) == 1
+    monkeypatch.setattr(BranchForward, "_logits", None)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    features = [torch.randn(size).contiguous(memory_format=layouts[turn % 2]) for turn in range(4)]
+    found = [frozen(each) for each in features]
+    for logits, each in zip(found, features, strict=True):
+        compare(logits, module, each)
+    assert len({logits.data_ptr() for logits in found}) == 4
+
+
+@torch.no_grad()
+def test_rows_that_lie_otherwise_are_recorded_for_themselves() -> None:
+    """A part of the channels of a wider map in channels-last memory."""
+    size = (2, 12, 9, 8)
+    module, frozen = recorded(size)
+    wide = torch.randn(2, 20, 9, 8).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        compare(frozen(wide[:, 3:15]), module, wide[:, 3:15])
+        compare(frozen(wide[:, 8:]), module, wide[:, 8:])
+    assert len(recordings(frozen)) == 2
+
+
+@torch.no_grad()
+def test_a_recording_is_for_one_pass_at_a_time() -> None:
+    size = (1, 12, 13, 10)
+    module, frozen = recorded(size)
+    features = [torch.randn(size) for _ in range(2)]
+    inner: list[Tensor] = []
+    wait = _Recording.wait
+
+    def another(self: Any, rows: Tensor, logits: Tensor) -> None:
+        if not inner:  # while the first pass has its recording, a second one begins
+            inner.append(torch.empty(0))
+            inner[:] = [frozen(features[1])]
+        wait(self, rows, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Recording, "wait", another)
+        outer = frozen(features[0])
+    compare(outer, module, features[0])
+    compare(inner[0], module, features[1])
+    assert len(recordings(frozen)) == 2
+    assert len({id(each) for each in recordings(frozen)}) == 2
+
+
+@torch.no_grad()
+def test_threads_of_the_caller_have_a_recording_each() -> None:
+    size = (1, 12, 21, 20)
+    module, frozen = recorded(size)
+    with ThreadPoolExecutor(4) as threads:
+        features = [torch.randn(size) for _ in range(40)]
+        for logits, each in zip(threads.map(frozen, features), features, strict=True):
+            compare(logits, module, each)
+
+
+@torch.no_grad()
+def test_recordings_keep_neither_features_nor_logits() -> None:
+    size = (1, 12, 13, 10)
+    _, frozen = recorded(size, size)
+    features = torch.randn(size).contiguous(memory_format=torch.channels_last)
+    logits = frozen(features)
+    given_away = [features.untyped_storage(), logits.untyped_storage()]
+    held = {part.untyped_storage().data_ptr() for each in recordings(frozen) for part in _held(each.jobs)}
+    assert held and not held & {storage.data_ptr() for storage in given_away}
+
+
+@torch.no_grad()
+def test_recordings_are_few_and_small() -> None:
+    sizes = [(1, 12, 5, width) for width in range(1, MOST_SIZES + 4)]
+    _, frozen = recorded(*sizes)
+    assert 0 < len(recordings(frozen)) <= MOST_SIZES
+    module, frozen = recorded((1, 12, 300, 300), (1, 12, 300, 300))
+    assert not recordings(frozen)
+    features = torch.randn(1, 12, 300, 300)
+    compare(frozen(features), module, features)
+
+
+@torch.no_grad()
+def test_an_interrupted_recording_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (1, 12, 13, 10)
+    module, frozen = recorded(size)
+    run = machine.Launch.run
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine.Launch, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        frozen(torch.randn(size))
+    monkeypatch.setattr(machine.Launch, "run", run)
+    assert not recordings(frozen)
+    features = torch.randn(size)
+    compare(frozen(features), module, features)
 
 
 @given(side, side, st.integers(0, 3), st.integers(0, 6), st.sampled_from([0.5, 0.3, 0.9]), st.integers(0, 99))
