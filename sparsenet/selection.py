@@ -207,14 +207,15 @@ class Selection:
             self._queue.run()
 
     def sites(self, size: Pair) -> ActiveSites:
-        if size not in self._sites:
+        found = self._sites.get(size)
+        if found is None:
             waits = self.counted and size not in self._known and self.levels.count(size) is None
             if waits and not self.dense_storage:
                 reason = "no pass had met the size, so that its active pixels were not counted at the entry"
                 self.report(Operation("mask", "wait", size, reason=reason))
-            self._sites[size] = self.peek(size)
+            found = self._sites[size] = self.peek(size)
             self.met[size] = None
-        return self._sites[size]
+        return found
 
     def peek(self, size: Pair) -> ActiveSites:
         """The sites of a size, which do not count as met by that."""
@@ -270,9 +271,10 @@ class Selection:
 
     def _asked(self, between: _Between) -> Any:
         self.asked[between] = None
-        if between not in self._between:
-            self._between[between] = between.of(self)
-        return self._between[between]
+        found = self._between.get(between)
+        if found is None:
+            found = self._between[between] = between.of(self)
+        return found
 
     def expect(self, between: Iterable[_Between]) -> None:
         """Find what is likely to be asked for, all at once: between layers it takes Python longer."""

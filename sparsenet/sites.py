@@ -50,6 +50,14 @@ class Window:
     dilation: Pair = (1, 1)
     padding_mode: str = "zeros"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Found once: tables are looked up a hundred times in a pass. Of numbers alone, it is that of any process."""
+        return hash((self.kernel, self.stride, self.padding, self.dilation))
+
     @property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
@@ -80,6 +88,8 @@ class Window:
 class TransposedWindow(Window):
     """The window of a transposed convolution, seen from its output: tap k of output pixel o reads input pixel
     (o + padding - k * dilation) / stride where that is a whole number."""
+
+    __hash__ = Window.__hash__
 
     def reads(self, axis: int, length: int, out_length: int, device: torch.device) -> Tensor:
         out = torch.arange(out_length, device=device)[:, None] + self.padding[axis]
