@@ -92,9 +92,10 @@ def _point(channels: int, size: int, density: float, repeats: int) -> Point:
     table = kernel_map(sites, Window((3, 3), (1, 1), (1, 1)), sites)
     rows = image.permute(0, 2, 3, 1).flatten(0, 2)[sites.index]
     padded = F.pad(rows, (0, 0, 0, 2))
-    panels, epilogue = indirect.pack(weight, 1), Epilogue(shift=bias)
+    epilogue = Epilogue(shift=bias)
+    by_rows = indirect.Prepared(indirect.pack(weight, 1), epilogue)  # once, as oneDNN's weights are
     runs: dict[str, Callable[[], Tensor]] = {
-        "indirect": lambda: indirect.run(rows, panels, epilogue, table.table, table.inputs),
+        "indirect": lambda: by_rows.run(rows, None, table.table, table.inputs),
         "dense": lambda: torch.ops.mkldnn._convolution_pointwise(image, packed, bias, *window, 1, "none", [], ""),
     }
     ways = ["indirect"]
