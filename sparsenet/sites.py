@@ -119,7 +119,7 @@ class TileReading:
 
 
 class ActiveSites:
-    """The active pixels of one resolution: `mask`, bool (N, H, W), and what follows from it.
+    """The active pixels of one resolution: `mask`, bool (N, H, W), its `size` (H, W), and what follows from it.
 
     Args:
         counts: how many pixels of each image are active, if that is known. What follows is then found without waiting
@@ -139,6 +139,7 @@ class ActiveSites:
                 "smaller batch"
             )
         self.mask = mask
+        self.size = (height, width)
         if by_kernel is None:
             by_kernel = counts is None and mask.device.type == "cpu" and machine.unsupported() is None
         self.by_kernel = by_kernel
@@ -153,10 +154,6 @@ class ActiveSites:
         sites = ActiveSites(mask, None if device.type == "cpu" else [size[0] * size[1]] * batch)
         _ = sites.index, sites.image, sites.pixel, sites.rank
         return sites
-
-    @property
-    def size(self) -> Pair:
-        return self.mask.shape[1], self.mask.shape[2]
 
     def __len__(self) -> int:
         return sum(self.counts) if "counts" in self.__dict__ else self.index.shape[0]

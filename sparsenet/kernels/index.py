@@ -18,7 +18,7 @@ def sites(mask: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.empty(mask.numel(), dtype=torch.int64)
     rank = torch.empty(batch, height + 1, width + 1, dtype=torch.int32)
     job = _sites()((mask.data_ptr(), index.data_ptr(), rank.data_ptr(), batch, height, width, 0), 1)
-    return index[: job[-1]], rank
+    return index.narrow(0, 0, job[-1]), rank  # a quarter of what it takes to slice
 
 
 def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def any_of(mask: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
         lines, columns: int32 (h, 2) and (w, 2), the first line and column of each cell and the one behind its last.
     """
     batch, height, width = mask.shape
-    mask, (out_height, out_width) = mask.contiguous(), (len(lines), len(columns))
+    mask, out_height, out_width = mask.contiguous(), lines.shape[0], columns.shape[0]  # see `table`
     result = torch.empty(batch, out_height, out_width, dtype=torch.bool)
     pointers = mask.data_ptr(), lines.data_ptr(), columns.data_ptr(), result.data_ptr()
     _any_of()((*pointers, batch, height, width, out_height, out_width), 1)
