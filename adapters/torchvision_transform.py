@@ -23,7 +23,7 @@ class FrozenTransform:
 
     def __call__(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
         transform = self.transform
-        if targets is not None or transform.training or not all(map(self._fits, images)):
+        if targets is not None or transform.training or not len(images) or not all(map(self._fits, images)):
             return type(transform).forward(transform, images, targets)
         resized = [image if self._has_size(image) else transform.resize(image)[0] for image in images]
         sizes = [(image.shape[1], image.shape[2]) for image in resized]

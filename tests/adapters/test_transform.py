@@ -105,13 +105,15 @@ def test_targets_are_resized_as_ever() -> None:
     assert torch.equal(batch.tensors, own([image])[0].tensors)
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(8, 8), torch.zeros(2, 8, 8)])
-def test_wrong_images_are_refused_as_ever(wrong: Tensor) -> None:
+@pytest.mark.parametrize(
+    "wrong", [[torch.zeros(3, 8, 8, dtype=torch.uint8)], [torch.zeros(8, 8)], [torch.zeros(2, 8, 8)], []]
+)
+def test_wrong_images_are_refused_as_ever(wrong: list[Tensor]) -> None:
     own = transform((50, 40), 1)
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:
-        own([wrong])
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as expected:
+        own(wrong)
     with pytest.raises(expected.type) as found:
-        FrozenTransform(own)([wrong])
+        FrozenTransform(own)(wrong)
     assert str(found.value) == str(expected.value)
 
 
