@@ -43,7 +43,9 @@ class FrozenTransform:
             return False
         channels = len(self.transform.image_mean)
         same = image.shape[0] == channels == len(self.transform.image_std)
-        return same and channels <= MOST_CHANNELS and machine.unsupported() is None
+        return (
+            same and channels <= MOST_CHANNELS and not torch.compiler.is_compiling() and machine.unsupported() is None
+        )
 
     def _has_size(self, image: Tensor) -> bool:
         """Whether it is as large as it would be resized to."""

@@ -168,7 +168,7 @@ class BranchForward:
         self.branch = branch
         self._state: State | None = None
         self._found: _Layers | None = None
-        self._recorded: dict[Any, list[_Recording]] = {}
+        self._recorded: dict[Any, list[_Recording] | None] = {}  # `None` where it would keep much memory
 
     def __call__(self, features: Tensor) -> Tensor:
         layers = self._layers(features)
@@ -176,13 +176,13 @@ class BranchForward:
             return type(self.branch).forward(self.branch, ordinary(features))
         batch, grid = features.shape[0], (features.shape[2], features.shape[3])
         rows = features.computed() if isinstance(features, Features) else _rows_of(features)
-        if queue.current() is None or not layers.wait():
+        free = self._free(layers, rows, batch, grid)
+        if free is None:
             return _map(self._logits(layers, rows, batch, grid), batch, grid)
-        key = (batch, grid, rows.stride(0), rows.dtype, torch.get_num_threads())
-        if len(self._recorded) >= MOST_SIZES and key not in self._recorded:
-            self._recorded = {}
-        free = self._recorded.setdefault(key, [])
-        recording = free.pop() if free else None  # whose memory is for one pass at a time
+        key, recordings = free
+        recording = None  # whose memory is for one pass at a time
+        with suppress(IndexError):
+            recording = recordings.pop()
         if recording is None:
             with queue.keeping() as jobs:
                 logits = self._logits(layers, rows, batch, grid)
@@ -191,9 +191,21 @@ class BranchForward:
             logits = rows.new_empty(rows.shape[0], 1)
             recording.wait(rows, logits)
         result = _map(logits, batch, grid)
-        if recording is not None:
-            free.append(recording)
+        if recording is None:
+            self._recorded[key] = None
+        else:
+            recordings.append(recording)
         return result
+
+    def _free(self, layers: _Layers, rows: Tensor, batch: int, grid: Pair) -> tuple[Any, list[_Recording]] | None:
+        """Recordings that no pass has now, and the key they are kept by; `None` where there are to be none."""
+        if queue.current() is None or not layers.wait():
+            return None
+        key = (batch, grid, rows.stride(0), rows.dtype, torch.get_num_threads())
+        if len(self._recorded) >= MOST_SIZES and key not in self._recorded:
+            self._recorded = {}
+        recordings = self._recorded.setdefault(key, [])
+        return None if recordings is None else (key, recordings)
 
     def _logits(self, layers: _Layers, rows: Tensor, batch: int, grid: Pair) -> Tensor:
         """Rows (N * H * W, 1), whose kernels may wait."""

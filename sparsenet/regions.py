@@ -51,8 +51,7 @@ class Regions:
         """
         if len(self) != batch:
             raise ValueError(f"the mask is for {len(self)} images, but the batch has {batch}: give one per image")
-        plain = frame is None or frame.originals == frame.placed == [frame.canvas] * len(frame.placed)
-        if self.masks is not None and plain and len({mask.shape for mask in self.masks}) == 1:
+        if self.masks is not None and _plain(frame) and len({mask.shape for mask in self.masks}) == 1:
             return torch.stack(self.masks).to(device, non_blocking=True)
         if frame is None:
             raise ValueError(
@@ -74,6 +73,15 @@ class Regions:
                 image.copy_(_drawn(part, frame.canvas))
         return canvas
 
+    def full(self, frame: Frame | None, batch: int) -> bool | None:
+        """Whether `entry_mask` has every pixel active; `None` where that is as soon found from it."""
+        masks = self.masks
+        if masks is None or len(masks) != batch or not _plain(frame) or torch.compiler.is_compiling():
+            return None
+        if machine.unsupported() is not None or any(mask.device.type != "cpu" for mask in masks):
+            return None
+        return all(map(index.all_of, masks))
+
     def placed_boxes(self, frame: Frame) -> list[Tensor]:
         """Boxes in the pixels of the network's input, clipped to their image: float (boxes, 4) each."""
         assert self.boxes is not None
@@ -83,6 +91,11 @@ class Regions:
             scale = limit / boxes.new_tensor([from_w, from_h, from_w, from_h])
             placed.append((boxes * scale).clamp(min=0).minimum(limit))
         return placed
+
+
+def _plain(frame: Frame | None) -> bool:
+    """Whether the network takes its images as they are, as far as that is known."""
+    return frame is None or frame.originals == frame.placed == [frame.canvas] * len(frame.placed)
 
 
 def _drawn(boxes: Tensor, size: Pair) -> Tensor:
@@ -101,6 +114,9 @@ class Everywhere(Regions):
 
     def entry_mask(self, frame: Frame | None, batch: int, device: torch.device) -> Tensor:
         return torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
+
+    def full(self, frame: Frame | None, batch: int) -> bool | None:
+        return True
 
 
 def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Regions:

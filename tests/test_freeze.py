@@ -967,6 +967,28 @@ def test_a_record_of_a_full_mask_counts_all_macs(network: Networks) -> None:
     assert (found.macs, found.dense_macs) == (expected.macs, expected.dense_macs)
 
 
+def test_a_full_mask_makes_no_selection(network: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, frozen = network
+    x, mask = torch.rand(2, 3, 64, 64), torch.ones(2, 9, 11, dtype=torch.bool)
+    with torch.no_grad():
+        with sparsenet.use_mask(mask[:1]), pytest.raises(ValueError, match="the mask is for 1 images"):
+            frozen(x)
+        selections: list[Any] = []
+        made = Selection.__init__
+        monkeypatch.setattr(
+            Selection, "__init__", lambda self, *a, **k: (selections.append(self), made(self, *a, **k))[1]
+        )
+        with sparsenet.use_mask(mask):
+            expected = frozen(x)
+        assert not any(type(each) is Selection for each in selections)
+        mask[1, 4, 5] = False
+        with sparsenet.use_mask(mask):
+            found = frozen(x)
+        assert any(type(each) is Selection for each in selections)
+    assert_same(found[0], expected[0], rounds=1e4)
+    assert not torch.equal(found[1], expected[1])
+
+
 def recorded(model: nn.Module, x: Tensor, mask: Tensor) -> Any:
     with torch.no_grad(), sparsenet.record(model) as record, sparsenet.use_mask(mask):
         model(x)

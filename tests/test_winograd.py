@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparsenet.backends import winograd
 from sparsenet.backends.epilogue import Epilogue
-from sparsenet.kernels import machine
+from sparsenet.kernels import index, machine
 from sparsenet.regions import any_pool
 from sparsenet.sites import ActiveSites, TileReading, Window, kernel_map, tiles
 from tests import strategies
@@ -168,6 +168,14 @@ def test_layers_that_it_does_not_compute() -> None:
         (torch.empty(512, 512, 3, 3), (1, 1), (1, 1), 1),
     ):
         assert winograd.unsupported(*refused) is not None
+
+
+@given(mask=strategies.masks(), place=st.integers(0, 10**6), every=st.integers(1, 2))
+def test_whether_all_pixels_are_active(mask: Tensor, place: int, every: int) -> None:
+    full = torch.ones_like(mask)
+    assert index.all_of(mask[:, :, ::every]) == bool(mask[:, :, ::every].all()) and index.all_of(full)
+    full.view(-1)[place % full.numel()] = False
+    assert not index.all_of(full)
 
 
 @given(mask=strategies.masks(), size=strategies.sizes)

@@ -53,6 +53,23 @@ def any_of(mask: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
     return result
 
 
+def all_of(mask: Tensor) -> bool:
+    """Whether all pixels of a mask, bool of any shape, are active."""
+    mask = mask.contiguous()
+    return bool(_all_of()((mask.data_ptr(), mask.numel(), 0), 1)[-1])
+
+
+@functools.cache
+def _all_of() -> Launch:
+    kernel = Kernel("all_of", ("mask", "pixels", "all"), torch.float32)
+    build, byte = kernel.build, kernel.ir.IntType(8)
+    mask = build.inttoptr(kernel.field("mask"), byte.as_pointer())
+    with kernel.loop(kernel.field("pixels"), [kernel.ir.Constant(byte, 1)]) as pixels:
+        pixels.following = [build.and_(pixels.values[0], build.load(kernel.at(mask, pixels.index)))]
+    build.store(build.zext(pixels.values[0], kernel.index_type), kernel.place("all"))
+    return kernel.compiled()
+
+
 @functools.cache
 def _sites() -> Launch:
     fields = ("mask", "index", "rank", "images", "height", "width", "count")

@@ -71,12 +71,12 @@ class Queue:
 
     Attributes:
         tape: on which they are recorded, or `None`.
-        kept: where jobs are kept as they come, or `None`: see `keeping`.
+        kept: by thread, where its jobs are kept as they come: see `keeping`.
     """
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
-        self.kept: list[Job] | None = None
+        self.kept: dict[int, list[Job]] = {}
         self._waiting: list[tuple[Launch, array[int], int, Any]] = []
         self._bytes = 0
         self._scratch: Tensor | None = None
@@ -86,8 +86,9 @@ class Queue:
         with self._lock:
             numbers = array("q", job.numbers)
             self._waiting.append((job.kernel, numbers, job.threads, job.held))
-            if self.kept is not None:
-                self.kept.append(Job(job.kernel, array("q", numbers), job.threads, *job.held))
+            kept = self.kept.get(threading.get_ident()) if self.kept else None
+            if kept is not None:
+                kept.append(Job(job.kernel, array("q", numbers), job.threads, *job.held))
 
     def run(self) -> None:
         """Run what waits."""
@@ -166,11 +167,14 @@ def recording() -> Iterator[Tape]:
 
 @contextmanager
 def keeping() -> Iterator[list[Job]]:
-    """Keep the jobs that are to wait in the current queue inside, to have them run again on the same memory."""
-    queue = _current.get()
-    assert queue is not None and queue.kept is None
-    jobs = queue.kept = []
+    """Keep the jobs that this thread has wait in the current queue inside, to have them run again on the same memory.
+    Scratch memory is theirs alone, too."""
+    queue, thread = _current.get(), threading.get_ident()
+    assert queue is not None and thread not in queue.kept
+    before, queue._scratch = queue._scratch, None
+    jobs = queue.kept[thread] = []
     try:
         yield jobs
     finally:
-        queue.kept = None
+        del queue.kept[thread]
+        queue._scratch = before

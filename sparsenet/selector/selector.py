@@ -86,35 +86,50 @@ class Selector(nn.Module):
         if settings.stop_at == "stage":
             raise PassEnded(ordinary(features), context.frame())
         observers = tuple(observer for observer in settings.observers if observer.selector is self)
+        backend = settings.backend or self.options.backend
+        full = self._full(features) if backend == "auto" else None
+        if full and not observers:
+            return features  # nothing is skipped: the frozen network goes on as it came
         with ExitStack() as selecting:
             for observer in observers:
                 selecting.enter_context(observer.selecting())
             levels = self._levels(features)
         gating = levels.gating if isinstance(levels, LearnedLevels) else None
         live = gating is not None
-        backend = settings.backend or self.options.backend
         if live and backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"the {backend} backend gives the mask no gradient, and this pass trains the mask by its effect: use "
                 "backend='reference' or 'auto', or direct supervision (sparsenet.train.direct)"
             )
         size = (features.shape[2], features.shape[3])
-        options = replace(self.options, backend=backend)
+        options = self.options if backend == self.options.backend else replace(self.options, backend=backend)
         batch, device, met = len(features), features.device, self._sizes_after(size)
         selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
         if gating is not None:
             selection.live_layers, selection.soft = gating.layers, gating.soft
         given: list[Pair] = []  # the size of a mask that may be full, in a frozen network
-        if isinstance(features, Features) and backend == "auto" and isinstance(levels, GivenLevels):
+        if (
+            full is not False
+            and isinstance(features, Features)
+            and backend == "auto"
+            and isinstance(levels, GivenLevels)
+        ):
             given = [levels.size]
         if selection.counted and options.capacity is None and not selection.dense_storage:
             selection.prepare([*met, size, *given])
         if options.capacity is None and any(selection.peek(each).everywhere for each in given):
-            return features  # nothing is skipped: the frozen network goes on as it came
+            return features
         if selection.queues:
             selection.expect(list(self._asked.get(size, ())))  # of a pass that may go on in another thread
             self._asked[size] = selection.asked
         return enter(ordinary(features), selection)
+
+    def _full(self, features: Tensor) -> bool | None:
+        """Whether a given mask is full, in a frozen network; `None` where that is not known yet."""
+        regions = context.current().regions
+        if regions is None or self.options.capacity is not None or not isinstance(features, Features):
+            return None
+        return regions.full(context.frame(), features.shape[0])
 
     def _sizes_after(self, entry: Pair) -> dict[Pair, None]:
         """The sizes that follow an entry of this size, as far as the dry run and earlier passes have met them."""

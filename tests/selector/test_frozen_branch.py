@@ -3,7 +3,9 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import sparsenet
 from sparsenet.chains import FusedForward
 from sparsenet.frozen_branch import MOST_SIZES, BranchForward, DirectForward, OctavesForward, _held, _Recording
 from sparsenet.frozen_modules import FrozenConv2d
-from sparsenet.kernels import machine
+from sparsenet.kernels import machine, queue
 from sparsenet.selector.levels import LearnedLevels, Octaves
 from sparsenet.selector.selective_module import SelectiveModule
 
@@ -150,7 +152,7 @@ def test_all_of_it_is_computed_by_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def recordings(frozen: Any) -> list[Any]:
-    return [each for free in frozen.forward._recorded.values() for each in free]
+    return [each for free in frozen.forward._recorded.values() for each in free or ()]
 
 
 def recorded(*sizes: tuple[int, ...]) -> tuple[SelectiveModule, Any]:
@@ -225,6 +227,48 @@ def test_threads_of_the_caller_have_a_recording_each() -> None:
 
 
 @torch.no_grad()
+def test_threads_of_one_pass_record_their_own() -> None:
+    """They have the queue of the pass in common."""
+    size = (1, 12, 13, 10)
+    module, frozen = recorded()
+    [alone] = recordings(recorded(size)[1])
+    other, ready = copy.deepcopy(frozen), Barrier(2)
+    features = [torch.randn(size) for _ in range(2)]
+
+    def run(each: Any, image: Tensor) -> Tensor:
+        ready.wait()
+        return each(image)
+
+    with queue.waiting(), ThreadPoolExecutor(2) as threads:
+        for _ in range(20):
+            for twin in (frozen, other):
+                twin.forward._recorded.clear()
+            context = [copy_context() for _ in range(2)]
+            found = [
+                threads.submit(context[place].run, run, each, features[place])
+                for place, each in enumerate((frozen, other))
+            ]
+            [logits.result() for logits in found]
+            made = [len(each.jobs) for twin in (frozen, other) for each in recordings(twin)]
+            assert made == [len(alone.jobs)] * 2
+    for twin in (frozen, other):
+        compare(twin(features[0]), module, features[0])
+
+
+@torch.no_grad()
+def test_recordings_have_scratch_memory_of_their_own() -> None:
+    like = torch.empty(0)
+    with queue.waiting():
+        before = queue.current().scratch(10, like)
+        with queue.keeping():
+            first = queue.current().scratch(10, like)
+        with queue.keeping():
+            second = queue.current().scratch(10, like)
+        assert queue.current().scratch(10, like) is before
+    assert len({each.data_ptr() for each in (before, first, second)}) == 3
+
+
+@torch.no_grad()
 def test_recordings_keep_neither_features_nor_logits() -> None:
     size = (1, 12, 13, 10)
     _, frozen = recorded(size, size)
@@ -236,12 +280,13 @@ def test_recordings_keep_neither_features_nor_logits() -> None:
 
 
 @torch.no_grad()
-def test_recordings_are_few_and_small() -> None:
+def test_recordings_are_few_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(1, 12, 5, width) for width in range(1, MOST_SIZES + 4)]
     _, frozen = recorded(*sizes)
     assert 0 < len(recordings(frozen)) <= MOST_SIZES
-    module, frozen = recorded((1, 12, 300, 300), (1, 12, 300, 300))
+    module, frozen = recorded((1, 12, 300, 300))
     assert not recordings(frozen)
+    monkeypatch.setattr(queue, "keeping", None)  # it is not tried again
     features = torch.randn(1, 12, 300, 300)
     compare(frozen(features), module, features)
 
