@@ -965,6 +965,7 @@ def test_a_record_of_a_full_mask_counts_all_macs(network: Networks) -> None:
     mask = torch.ones(2, 16, 16, dtype=torch.bool)
     found, expected = (recorded(model, torch.rand(2, 3, 64, 64), mask) for model in (frozen, selective))
     assert (found.macs, found.dense_macs) == (expected.macs, expected.dense_macs)
+    assert found.masks and all(mask.all() for mask in found.masks.values())
 
 
 def test_a_full_mask_makes_no_selection(network: Networks, monkeypatch: pytest.MonkeyPatch) -> None:

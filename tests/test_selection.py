@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import sparsenet
 from sparsenet.features import Features, MaskedFeatures
+from sparsenet.kernels import machine
+from sparsenet.regions import Frame, check_regions
 from sparsenet.selection import Options, Selection
 from sparsenet.selector.levels import Gating, GivenLevels, LearnedLevels, Octaves, learned_octaves
 from tests import strategies
@@ -222,3 +224,27 @@ def test_so_it_does_with_a_learned_selector(storage: str) -> None:
         for i in range(3):
             assert_equal(model(x[i : i + 1]), together[i : i + 1])
             assert all(torch.equal(record.masks[size][0], masks[size][i]) for size in masks)
+
+
+@pytest.mark.skipif(machine.unsupported() is not None, reason=str(machine.unsupported()))
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize(
+    ("frame", "told"),
+    [
+        (None, True),
+        (Frame.plain(2, (12, 16)), True),
+        (Frame([(6, 8), (6, 8)], [(12, 16), (12, 16)], (12, 16)), False),  # enlarged
+        (Frame([(6, 8), (6, 8)], [(6, 8), (6, 8)], (8, 8)), False),  # padded
+    ],
+)
+def test_whether_a_mask_is_full_is_told_where_it_is_all_that_counts(
+    frame: Frame | None, told: bool, full: bool
+) -> None:
+    masks = torch.ones(2, 6, 8, dtype=torch.bool)
+    masks[1, 5, 7] = full
+    regions = check_regions(masks)
+    assert regions.full(frame, 2) is (full if told else None)
+    assert regions.full(frame, 3) is None
+    if told:
+        assert regions.entry_mask(frame, 2, torch.device("cpu")).all() == full
+    assert check_regions([torch.zeros(0, 4)] * 2).full(frame, 2) is None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hypothesis import example
 from hypothesis import given as given_by
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -166,16 +167,23 @@ def test_detections_are_those_of_all_anchors(model: Any, empty: bool) -> None:
         }
 
 
+# Just below the score of a class whose only rival's logit is higher by 4.
+CLOSE = 0.01798
+
+
 @given_by(
     st.integers(0, 10**6),
     st.integers(1, 3),
     st.integers(1, 5),
-    st.sampled_from([-1.0, 0.0, 1e-30, 0.01, 0.3, 0.5, 0.999]),
+    st.sampled_from([-1.0, 0.0, 1e-30, 0.01, CLOSE, 0.3, 0.5, 0.999]),
     st.sampled_from([1, 3, 400]),
     st.sampled_from([1, 5, 200]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     st.sampled_from([0.1, 2.0, 30.0]),
 )
+@example(0, 1, 1, CLOSE, 400, 200, torch.float32, 2.0)
+@example(0, 1, 2, 0.0, 400, 200, torch.float32, 30.0)
+@example(0, 1, 1, -1.0, 400, 200, torch.float64, 2.0)
 def test_detections_are_torchvisions(
     seed: int, batch: int, classes: int, threshold: float, top: int, most: int, dtype: torch.dtype, spread: float
 ) -> None:
@@ -184,7 +192,7 @@ def test_detections_are_torchvisions(
     model, count = ssd_of_no_layers(), 60
     model.score_thresh, model.topk_candidates, model.detections_per_img = threshold, top, most
     logits = (spread * torch.randn(batch, count, classes + 1)).round()
-    logits[0, 3], logits[0, 4, 0], logits[0, 5, 1] = -torch.inf, torch.inf, torch.nan
+    logits[0, 3], logits[0, 4, 0], logits[0, 5, 1], logits[0, 6, 1:] = -torch.inf, torch.inf, torch.nan, -torch.inf
     outputs = {"cls_logits": logits.to(dtype), "bbox_regression": torch.randn(batch, count, 4, dtype=dtype)}
     corners = 80 * torch.rand(count, 2, dtype=dtype)
     anchors = [torch.cat([corners, corners + 5 + 20 * torch.rand(count, 2, dtype=dtype)], 1)] * batch

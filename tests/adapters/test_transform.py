@@ -117,6 +117,17 @@ def test_wrong_images_are_refused_as_ever(wrong: list[Tensor]) -> None:
     assert str(found.value) == str(expected.value)
 
 
+def test_in_training_sizes_are_drawn_as_ever() -> None:
+    own, image = transform(None, 1).train(), image_of((40, 50), "planes")
+    own.min_size = (10, 20, 30, 40)
+    found, expected = [], []
+    for batches, forward in ((found, FrozenTransform(own)), (expected, own)):
+        torch.manual_seed(0)
+        batches += [forward([image])[0].tensors for _ in range(9)]
+    assert len({batch.shape for batch in expected}) > 1
+    assert all(map(torch.equal, found, expected))
+
+
 def test_gradient_reaches_images() -> None:
     own, image = transform((50, 40), 1), image_of((40, 50), "planes").requires_grad_()
     FrozenTransform(own)([image])[0].tensors.sum().backward()
