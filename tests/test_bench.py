@@ -147,8 +147,8 @@ def test_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_a_wrong_convolution_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sweep.indirect.run
-    monkeypatch.setattr(sweep.indirect, "run", lambda *args: right(*args) * 1.001)
+    right = sweep.indirect.Prepared.run
+    monkeypatch.setattr(sweep.indirect.Prepared, "run", lambda *args: right(*args) * 1.001)
     with pytest.raises(RuntimeError, match=r"indirect, 16 channels at 6x6, density 0\.5: error"):
         list(sweep.run(channels=(16,), sizes=(6,), densities=(0.5,), repeats=1))
 
