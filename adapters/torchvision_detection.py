@@ -168,19 +168,20 @@ class KeptAnchors:
         return {"generator": self.generator, "_kept": {}}
 
 
-# What stands in for a module's forward in frozen models, by class.
-FROZEN: dict[type[nn.Module], Any] = {
-    AnchorGenerator: KeptAnchors,
-    DefaultBoxGenerator: KeptAnchors,
-    GeneralizedRCNNTransform: FrozenTransform,
-}
-
 _MADE_FROM = ("sizes", "aspect_ratios", "cell_anchors", "steps", "clip", "_wh_pairs")
 
 
 def _numbers(value: Any) -> Any:
     """A list of tensors as lists."""
     return [each.tolist() if isinstance(each, Tensor) else each for each in value] if type(value) is list else value
+
+
+# What stands in for a module's forward in frozen models, by class.
+FROZEN: dict[type[nn.Module], Any] = {
+    AnchorGenerator: KeptAnchors,
+    DefaultBoxGenerator: KeptAnchors,
+    GeneralizedRCNNTransform: FrozenTransform,
+}
 
 
 @dataclass(eq=False)

@@ -60,7 +60,8 @@ class TorchvisionSSD(Detector):
     def freeze(self, model: Any) -> None:
         super().freeze(model)
         for module, name, stand_in in self._detections(model):
-            setattr(module, name, stand_in)
+            if name not in vars(module):
+                setattr(module, name, stand_in)
 
     def _detections(self, model: Any) -> list[tuple[nn.Module, str, Any]]:
         if type(model).postprocess_detections is not SSD.postprocess_detections:

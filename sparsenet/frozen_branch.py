@@ -101,7 +101,7 @@ class _Layers(NamedTuple):
     up: FrozenLayer
     normalised: Epilogue
 
-    def wait(self) -> bool:
+    def waits(self) -> bool:
         """Whether the way of each is chosen, and by kernels that wait."""
         links = [*self.reduce, *self.deeper, *self.embed, *self.restore, *self.logit]
         layers = [self.up, *(link.convolution.layer for link in links)]
@@ -199,11 +199,14 @@ class BranchForward:
 
     def _free(self, layers: _Layers, rows: Tensor, batch: int, grid: Pair) -> tuple[Any, list[_Recording]] | None:
         """Recordings that no pass has now, and the key they are kept by; `None` where there are to be none."""
-        if queue.current() is None or not layers.wait():
+        if queue.current() is None:
             return None
         key = (batch, grid, rows.stride(0), rows.dtype, torch.get_num_threads())
-        if len(self._recorded) >= MOST_SIZES and key not in self._recorded:
-            self._recorded = {}
+        if key not in self._recorded:
+            if not layers.waits():
+                return None
+            if len(self._recorded) >= MOST_SIZES:
+                self._recorded = {}
         recordings = self._recorded.setdefault(key, [])
         return None if recordings is None else (key, recordings)
 

@@ -76,9 +76,7 @@ class Regions:
     def full(self, frame: Frame | None, batch: int) -> bool | None:
         """Whether `entry_mask` has every pixel active; `None` where that is as soon found from it."""
         masks = self.masks
-        if masks is None or len(masks) != batch or not _plain(frame) or torch.compiler.is_compiling():
-            return None
-        if machine.unsupported() is not None or any(mask.device.type != "cpu" for mask in masks):
+        if masks is None or len(masks) != batch or not _plain(frame) or not all(map(_by_kernel, masks)):
             return None
         return all(map(index.all_of, masks))
 
@@ -153,13 +151,19 @@ def check_regions(regions: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Region
     return Regions(boxes=boxes)
 
 
+def _by_kernel(mask: Tensor) -> bool:
+    """Whether kernels can read a mask."""
+    return mask.device.type == "cpu" and machine.unsupported() is None and not torch.compiler.is_compiling()
+
+
 def any_pool(mask: Tensor, size: Pair) -> Tensor:
     """Bool (N, H, W) to (N, *size): a cell is active if any pixel under it is; nearest to a finer size."""
     if mask.shape[1:] == size:
         return mask
     coarser = mask.shape[1] >= size[0] and mask.shape[2] >= size[1]
-    by_kernel = mask.device.type == "cpu" and machine.unsupported() is None and not torch.compiler.is_compiling()
-    if coarser and by_kernel:  # a narrow network spent 2 % of its time on PyTorch's pooling, which takes numbers only
+    if coarser and _by_kernel(
+        mask
+    ):  # a narrow network spent 2 % of its time on PyTorch's pooling, which takes numbers only
         return index.any_of(mask, _cells(mask.shape[1], size[0]), _cells(mask.shape[2], size[1]))
     return by_cells(F.adaptive_max_pool2d, mask.float(), size) > 0
 

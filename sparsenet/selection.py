@@ -219,13 +219,9 @@ class Selection:
 
     def peek(self, size: Pair) -> ActiveSites:
         """The sites of a size, which do not count as met by that."""
-        found = self._known.get(size)
-        if found is None:
-            if self.counted:
-                self.prepare([size])
-                return self._known[size]
-            found = self._known[size] = ActiveSites(self.levels.mask(size))
-        return found
+        if size not in self._known:
+            self.prepare([size])
+        return self._known[size]
 
     def prepare(self, sizes: Iterable[Pair]) -> None:
         """Find the sites of these sizes. Where they are to be counted, the device is waited for once at most."""

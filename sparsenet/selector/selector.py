@@ -87,7 +87,7 @@ class Selector(nn.Module):
             raise PassEnded(ordinary(features), context.frame())
         observers = tuple(observer for observer in settings.observers if observer.selector is self)
         backend = settings.backend or self.options.backend
-        full = self._full(features) if backend == "auto" else None
+        full = self._full(features, backend)
         if full and not observers:
             return features  # nothing is skipped: the frozen network goes on as it came
         with ExitStack() as selecting:
@@ -107,28 +107,22 @@ class Selector(nn.Module):
         selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
         if gating is not None:
             selection.live_layers, selection.soft = gating.layers, gating.soft
-        given: list[Pair] = []  # the size of a mask that may be full, in a frozen network
-        if (
-            full is not False
-            and isinstance(features, Features)
-            and backend == "auto"
-            and isinstance(levels, GivenLevels)
-        ):
-            given = [levels.size]
+        # The size of a mask that may be full.
+        given = [levels.size] if full is not False and isinstance(levels, GivenLevels) else []
         if selection.counted and options.capacity is None and not selection.dense_storage:
             selection.prepare([*met, size, *given])
-        if options.capacity is None and any(selection.peek(each).everywhere for each in given):
+        if any(selection.peek(each).everywhere for each in given):
             return features
         if selection.queues:
             selection.expect(list(self._asked.get(size, ())))  # of a pass that may go on in another thread
             self._asked[size] = selection.asked
         return enter(ordinary(features), selection)
 
-    def _full(self, features: Tensor) -> bool | None:
-        """Whether a given mask is full, in a frozen network; `None` where that is not known yet."""
-        regions = context.current().regions
-        if regions is None or self.options.capacity is not None or not isinstance(features, Features):
-            return None
+    def _full(self, features: Tensor, backend: str) -> bool | None:
+        """Whether a given mask leaves a frozen network as it is; `None` where that is not known yet."""
+        regions, frozen = context.current().regions, isinstance(features, Features) and backend == "auto"
+        if regions is None or not frozen or self.options.capacity is not None:
+            return False
         return regions.full(context.frame(), features.shape[0])
 
     def _sizes_after(self, entry: Pair) -> dict[Pair, None]:

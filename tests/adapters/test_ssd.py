@@ -221,6 +221,9 @@ def test_a_detector_with_detections_of_its_own_keeps_them(original: SSD) -> None
         sparsenet.freeze(model, (images,)),
     ):
         assert "postprocess_detections" not in vars(made)
+    own = original.postprocess_detections
+    model.__class__, model.postprocess_detections = SSD, own
+    assert type(sparsenet.freeze(model, (images,)).postprocess_detections) is type(own)
 
 
 @pytest.mark.parametrize("backend", ["reference", "rows", "spconv"])
