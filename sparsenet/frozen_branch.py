@@ -302,19 +302,7 @@ class OctavesForward:
         convolutions: list[Any] = list(self.octaves._modules.values())
         if context.current().observers or any(map(hooked, convolutions)) or not _of_one_channel(logits):
             return type(self.octaves).forward(self.octaves, logits, threshold)
-        found, masks = [logits], []
-        for place in range(len(convolutions) + 1):
-            last, following, weight, bias = found[-1], None, None, None
-            batch, _, height, width = last.shape
-            if place < len(convolutions):
-                following = last.new_empty(batch, 1, (height + 1) // 2, (width + 1) // 2)
-                weight, bias = convolutions[place]._parameters.values()
-                found.append(following)
-            mask, job = octave.octave(last, threshold, following, weight, bias)
-            masks.append(mask)
-            job.wait()
-        queue.finish()
-        return found, masks
+        return octave.octaves(logits, threshold, [tuple(each._parameters.values()) for each in convolutions])
 
 
 def _of_one_channel(logits: Tensor) -> bool:

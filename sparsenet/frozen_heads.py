@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sparsenet.atlas import route
 from sparsenet.backends import indirect, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Winograd
@@ -35,17 +36,20 @@ def side_by_side(layers: Sequence[Any], maps: Sequence[Any]) -> Tensor | None:
     batch, found = selection.batch, [read for read in reads if read is not None]
     if len(found) < len(reads):
         return None
-    lengths = [read.pixels * read.layer.out_channels for read in found]
-    result, first = maps[0].computed().new_empty(batch, sum(lengths)), 0
-    for read, x, length in zip(found, maps, lengths, strict=True):
-        rows, outputs, count = x.computed(), read.layer.out_channels, len(selection.sites(read.out_grid))
-        own = workspace.empty(count, outputs, rows)
-        read.kernel.job(rows, None, read.table, rows.shape[0], own).wait()
-        pooling, spread = indirect.pooling("sum", outputs, rows.dtype, 0.0), selection.spread(read.out_grid)
+    rows = [x.computed() for x in maps]
+    counts = [len(selection.sites(read.out_grid)) for read in found]
+    # What a layer gives is spread before the next one is computed.
+    own = workspace.empty(max(count * read.outputs for count, read in zip(counts, found, strict=True)), 1, rows[0])
+    length = sum(read.length for read in found)
+    result, first = rows[0].new_empty(batch, length), 0
+    for read, own_rows, count in zip(found, rows, counts, strict=True):
+        out = own.as_strided((count, read.outputs), (read.outputs, 1))
+        read.kernel.job(own_rows, None, read.table, own_rows.shape[0], out).wait()
+        pooling, spread = indirect.pooling("sum", read.outputs, out.dtype, 0.0), selection.spread(read.out_grid)
         for image, pixels in enumerate(spread.split(read.pixels) if batch > 1 else [spread]):
-            out = result[image, first : first + length].view(read.pixels, outputs)
-            pooling.job(own, None, pixels, count, out, read.layer._buffers["fill"]).wait()
-        first += length
+            part = result.as_strided((read.pixels, read.outputs), (read.outputs, 1), image * length + first)
+            pooling.job(out, None, pixels, count, part, read.layer._buffers["fill"]).wait()
+        first += read.length
     queue.finish()
     return result
 
@@ -59,8 +63,17 @@ class _Read(NamedTuple):
     out_grid: Pair
 
     @property
+    def outputs(self) -> int:
+        return self.layer.out_channels
+
+    @property
     def pixels(self) -> int:
         return self.out_grid[0] * self.out_grid[1]
+
+    @property
+    def length(self) -> int:
+        """Of what it gives of an image."""
+        return self.pixels * self.outputs
 
     @staticmethod
     def of(layer: Any, x: Any, selection: Selection) -> _Read | None:
@@ -73,7 +86,7 @@ class _Read(NamedTuple):
         (window, out_grid), pointwise = layer.geometry(x.form, x.grid)
         table: Any = None
         if x.full or not pointwise:
-            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
+            tables = OfActiveSites(selection, route(x.grid, x.full, window, out_grid))
             table = tables.tiles() if isinstance(way, Winograd) else tables.table()
         layer.layer.count("guided")
         return _Read(layer, way.ready(Epilogue(shift=layer._parameters["bias"])), table, out_grid)

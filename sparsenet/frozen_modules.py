@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsenet import context
+from sparsenet.atlas import route
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
@@ -242,7 +243,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
             tables, outputs = None, inputs
             if full or not pointwise:
                 outputs = len(selection.sites(out_grid))
-                tables = OfActiveSites(selection, grid, full, window, out_grid)
+                tables = OfActiveSites(selection, route(grid, full, window, out_grid))
             reads = Reads(rows, tables, inputs, outputs, 1, grid, out_grid, False, gate)
         work = Work(layer, selection, reads, Epilogue(shift=self._parameters["bias"]))
         if selection.observers:

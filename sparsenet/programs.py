@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
+from sparsenet.atlas import Route
 from sparsenet.backends import indirect, winograd, workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads
@@ -130,7 +131,7 @@ class Step(NamedTuple):
         prepared: its kernel, with weights and epilogue.
         reads, adds, gate: the registers of the rows that it reads, of the residual, and of the numbers by which the
             channels are multiplied before they are read.
-        table: of `Selection.kernel_map` or `tiles`; `None` where each row reads itself.
+        route: of the table by which it reads, or of the tiles; `None` where each row reads itself.
         out_grid: of what it gives.
     """
 
@@ -140,25 +141,12 @@ class Step(NamedTuple):
     adds: int | None
     gate: int | None
     grid: Pair
-    table: Table | None
+    route: Route | None
     out_grid: Pair
 
     def registers(self) -> list[int]:
         """Those that it reads."""
         return [register for register in (self.reads, self.adds, self.gate) if register is not None]
-
-
-class Table(NamedTuple):
-    """Where a layer reads, in terms of whatever selection: see `Selection.kernel_map` and `tiles`."""
-
-    tiles: bool
-    grid: Pair
-    full: bool
-    window: Any
-    out_grid: Pair
-
-    def of(self, selection: Selection) -> Any:
-        return selection.tiles(*self[1:]) if self.tiles else selection.kernel_map(*self[1:]).table
 
 
 def _steps(rows: Tensor, done: Sequence[tuple[Work, Tensor | None]]) -> list[Step] | None:
@@ -176,11 +164,11 @@ def _steps(rows: Tensor, done: Sequence[tuple[Work, Tensor | None]]) -> list[Ste
         source, added, factor = (None if part is None else registers.get(_place(part), -1) for part in parts)
         if source is None or -1 in (source, added, factor):
             return None
-        table = None
+        route = None
         if reads.tables is not None:
             assert isinstance(reads.tables, OfActiveSites)
-            table = Table(isinstance(prepared, winograd.Prepared), *reads.tables[1:])
-        steps.append(Step(work.layer, prepared, source, added, factor, reads.grid, table, reads.out_grid))
+            route = reads.tables.route.of_tiles(isinstance(prepared, winograd.Prepared))
+        steps.append(Step(work.layer, prepared, source, added, factor, reads.grid, route, reads.out_grid))
         if result is not None:
             registers[_place(result)] = len(steps)
     return steps
@@ -225,7 +213,7 @@ class Program:
         *self._steps, self._last = steps
         self._epilogue, self._taken, self._fill = epilogue._replace(residual=None), taken, fill
         self._sizes = list(dict.fromkeys(step.out_grid for step in steps))
-        self._tables = list(dict.fromkeys(step.table for step in steps if step.table is not None))
+        self._routes = list(dict.fromkeys(step.route for step in steps if step.route is not None))
         self._layers = [step.layer for step in self._steps if isinstance(step.layer, FrozenLayer)]
         self._places, self._buffers = _buffers(self._steps, self._last)
 
@@ -238,8 +226,10 @@ class Program:
         selection, rows, current = x.selection, x.computed(), queue.current()
         assert current is not None
         counts = {size: 1 if size == VECTOR else len(selection.sites(size)) for size in self._sizes}
-        tables: dict[Table | None, Any] = {table: table.of(selection) for table in self._tables}
-        tables[None] = None
+        tables: dict[Route | None, Any] = {None: None}
+        for route in self._routes:
+            found = selection.along(route)
+            tables[route] = found if route.tiles else found.table
         lengths = [max(counts[size] * channels for size, channels in each) for each in self._buffers]
         buffers = [workspace.empty(length, 1, rows) for length in lengths]
         for layer in self._layers:
@@ -254,7 +244,7 @@ class Program:
             source = registers[step.reads]
             residual = None if step.adds is None else registers[step.adds]
             weights = [] if step.gate is None else [step.prepared.gated(registers[step.gate].view(-1))]
-            current.add(step.prepared.job(source, residual, tables[step.table], source.shape[0], out, *weights))
+            current.add(step.prepared.job(source, residual, tables[step.route], source.shape[0], out, *weights))
             registers.append(out)
         x.settle()
         return self._deferred(x, registers, counts[self._last.out_grid])
@@ -263,7 +253,7 @@ class Program:
         """What the last step gives when it is read."""
         selection, last = x.selection, self._last
         rows = registers[last.reads]
-        tables = None if last.table is None else OfActiveSites(selection, *last.table[1:])
+        tables = None if last.route is None else OfActiveSites(selection, last.route)
         gate = None if last.gate is None else registers[last.gate].view(-1)
         reads = Reads(rows, tables, rows.shape[0], outputs, 1, last.grid, last.out_grid, False, gate)
         residual = None if last.adds is None else registers[last.adds]

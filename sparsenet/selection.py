@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparsenet.atlas import Atlas, Route, route
 from sparsenet.kernels import queue
-from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Tiles, Window, kernel_map, tiles
+from sparsenet.sites import ActiveSites, KernelMap, Pair, Reading, Window
 
 
 class Levels(Protocol):
@@ -105,22 +106,8 @@ class Options:
             raise ValueError(f"mean must be 'all' (pixels of the map) or 'active', not {self.mean!r}")
 
 
-class _Between(NamedTuple):
-    """A `kernel_map` or `tiles` from the features of one size (all pixels if `full`) to the active sites of another."""
-
-    kind: Callable[[ActiveSites, Any, ActiveSites], Any]
-    size: Pair
-    full: bool
-    window: Reading
-    out_size: Pair
-
-    def of(self, selection: Selection) -> Any:
-        target, window = selection.sites(self.out_size), self.window
-        if not self.full:
-            return self.kind(selection.sites(self.size), window, target)
-        if self.size == self.out_size and isinstance(window, Window) and window.pointwise:
-            return KernelMap(target.index.int()[:, None], target.mask.numel())  # of all pixels each reads its own
-        return self.kind(selection.everywhere(self.size), window, target)
+ITSELF = Window((1, 1))
+"""Of a pixel that reads its own place."""
 
 
 class Selection:
@@ -132,7 +119,7 @@ class Selection:
         everything: whether it is of a part of a frozen network that no mask guides: see `Everything`.
         live_layers: paths of the convolutions whose results are read through a mask that takes gradient; elsewhere it
             is a constant. `None`: it takes gradient everywhere.
-        asked: the kernel maps that the pass has asked for.
+        asked: the routes whose kernel maps the pass has asked for, and whether each had to be found then.
         soft: whether reads are multiplied by probabilities, so that the numbers depend on the mask's gradient being on.
 
     Args:
@@ -179,9 +166,8 @@ class Selection:
         self._sites: dict[Pair, ActiveSites] = {}  # what the pass has met of them
         self._everywhere: dict[Pair, ActiveSites] = {}
         self._gates: dict[Pair, Tensor | None] = {}
-        self.asked: dict[_Between, None] = {}
-        self._between: dict[_Between, Any] = {}
-        self._spreads: dict[Pair, Tensor] = {}
+        self.asked: dict[Route, bool] = {}
+        self._maps: dict[Route, Any] = {}
         self._queue = queue.current()
         for observer in observers:
             observer.selected(self)
@@ -259,32 +245,32 @@ class Selection:
                 self._gates[size] = self.levels.gate(size)
         return self._gates[size]
 
+    def along(self, route: Route) -> Any:
+        """The kernel map, or the tiles, of a route."""
+        found = self._maps.get(route)
+        if found is None:
+            found = self._maps[route] = route.of(self)
+            self.asked[route] = True
+        elif route not in self.asked:
+            self.asked[route] = False
+        return found
+
     def kernel_map(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> KernelMap:
         """From the features of one size (all pixels if `full`) to the active sites of another."""
-        found: KernelMap = self._asked(_Between(kernel_map, size, full, window, out_size))
+        found: KernelMap = self.along(route(size, full, window, out_size))
         return found
-
-    def tiles(self, size: Pair, full: bool, window: Reading, out_size: Pair) -> Tiles:
-        """As `kernel_map`, for a convolution that computes 2x2 outputs at once."""
-        found: Tiles = self._asked(_Between(tiles, size, full, window, out_size))
-        return found
-
-    def _asked(self, between: _Between) -> Any:
-        self.asked[between] = None
-        found = self._between.get(between)
-        if found is None:
-            found = self._between[between] = between.of(self)
-        return found
-
-    def expect(self, between: Iterable[_Between]) -> None:
-        """Find what is likely to be asked for, all at once: between layers it takes Python longer."""
-        self._between |= {each: each.of(self) for each in between}
 
     def spread(self, size: Pair) -> Tensor:
         """The row of each pixel, or their number where it is inactive: int32 (N * H * W, 1)."""
-        if size not in self._spreads:
-            self._spreads[size] = self.sites(size).rank[:, :-1, :-1].reshape(-1, 1).contiguous()
-        return self._spreads[size]
+        table: Tensor = self.along(route(size, False, ITSELF, size, spread=True)).table
+        return table
+
+    def find(self, atlas: Atlas) -> None:
+        """Find what is likely to be asked for: between layers it takes Python longer."""
+        masks = [self._known[size].mask if size in self._known else self.levels.mask(size) for size in atlas.sizes]
+        sites, maps = atlas.found(masks)
+        self._known |= zip(atlas.sizes, sites, strict=True)
+        self._maps |= maps
 
     def report(self, operation: Operation) -> None:
         for observer in self.observers:

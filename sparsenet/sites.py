@@ -215,7 +215,7 @@ class ActiveSites:
     def read_at(self, window: Reading, target: ActiveSites) -> Tensor:
         """Where in the flattened `rank` each tap of each of the target's sites reads: integers (n_out, taps)."""
         height, width = self.size
-        place = _places((height, width), target.size, window, target.mask.device).index_select(0, target.pixel)
+        place = places_of((height, width), target.size, window, target.mask.device).index_select(0, target.pixel)
         return place if len(self.mask) == 1 else place + (target.image * ((height + 1) * (width + 1)))[:, None]
 
 
@@ -302,7 +302,7 @@ def kernel_map(source: ActiveSites, window: Reading, target: ActiveSites) -> Ker
     # On CPU a dozen times as fast as PyTorch's operations on small maps.
     kernels = index_kernels if source.by_kernel and target.by_kernel else _on(source.mask.device)
     if kernels is not None:
-        index, places = target.index, _places(source.size, target.size, window, source.mask.device)
+        index, places = target.index, places_of(source.size, target.size, window, source.mask.device)
         return KernelMap(kernels.table(places, index, source.rank), len(source))
     place = source.read_at(window, target)
     return KernelMap(source.rank.view(-1).index_select(0, place.view(-1)).view(place.shape), len(source))
@@ -322,14 +322,18 @@ class Tiles(NamedTuple):
 
 def tiles(source: ActiveSites, window: Reading, target: ActiveSites) -> Tiles:
     """As `kernel_map`, of a window of 3x3 taps, of stride and dilation 1. On CPU, where kernels are."""
-    lines, columns = (_pairs(length) for length in target.size)
+    lines, columns = (pairs_of(length) for length in target.size)
     each = ActiveSites(index_kernels.any_of(target.mask, lines, columns))
     reads = kernel_map(source, TileReading(window, target.size), each).table
-    return Tiles(reads, kernel_map(target, Window((2, 2), (2, 2)), each).table)
+    return Tiles(reads, kernel_map(target, TILE, each).table)
+
+
+TILE = Window((2, 2), (2, 2))
+"""How a tile reads its own pixels."""
 
 
 @constant(64)
-def _pairs(length: int) -> Tensor:
+def pairs_of(length: int) -> Tensor:
     """The bounds of two lines each: int32 (length / 2, 2)."""
     first = torch.arange(0, length, 2, dtype=torch.int32)
     return torch.stack([first, (first + 2).clamp(max=length)], 1)
@@ -344,17 +348,17 @@ def dense_tiles(size: Pair, window: Reading, out_size: Pair, device: torch.devic
 @constant(64)
 def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
     """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
-    places = _places_of(size, out_size, window, device)  # as large as the table, and not needed for another one
+    places = _made_places(size, out_size, window, device)  # as large as the table, and not needed for another one
     return ActiveSites.all(1, size, device).rank.view(-1).index_select(0, places.view(-1)).view(places.shape)
 
 
 @constant(64)
-def _places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
-    return _places_of(size, out_size, window, device)
-
-
-def _places_of(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
+def places_of(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     """Where in one image's flattened rank image each tap of every output pixel reads: int32 (H_out * W_out, taps)."""
+    return _made_places(size, out_size, window, device)
+
+
+def _made_places(size: Pair, out_size: Pair, window: Reading, device: torch.device) -> Tensor:
     lines = window.reads(0, size[0], out_size[0], device)
     columns = window.reads(1, size[1], out_size[1], device)
     places = (lines * (size[1] + 1))[:, None, :, None] + columns[None, :, None, :]

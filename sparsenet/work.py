@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sparsenet.atlas import Route
 from sparsenet.backends import workspace
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Norm, Reads
@@ -105,16 +106,15 @@ class OfActiveSites(NamedTuple):
     """The tables of a guided layer."""
 
     selection: Selection
-    grid: Pair
-    full: bool
-    window: Window
-    out_grid: Pair
+    route: Route
 
     def table(self) -> Tensor:
-        return self.selection.kernel_map(*self[1:]).table
+        table: Tensor = self.selection.along(self.route.of_tiles(False)).table
+        return table
 
     def tiles(self) -> Tiles:
-        return self.selection.tiles(*self[1:])
+        found: Tiles = self.selection.along(self.route.of_tiles(True))
+        return found
 
 
 VECTOR: Pair = (0, 0)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     {"cache"},
     {"kernels", "constants"},
-    {"sites", "form", "regions", "masks", "timing", "calls", "macs"},
+    {"sites", "atlas", "form", "regions", "masks", "timing", "calls", "macs"},
     {"backends"},
     {"selection", "work", "context", "features", "rules"},
     {"selector"},

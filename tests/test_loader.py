@@ -118,7 +118,7 @@ CASES: dict[str, Callable[[], Tensor]] = {
 }
 CACHED: list[Any] = [
     *(convolution.product, convolution.by_channel, winograd_kernel.product),
-    *(index._sites, index._table, index._any_of),
+    *(index.sites_kernel, index.table_kernel, index.any_of_kernel),
 ]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsenet.sites import ActiveSites, KernelMap, Window, _places, kernel_map
+from sparsenet.sites import ActiveSites, KernelMap, Window, kernel_map, places_of
 from tests import strategies
 from tests.strategies import Conv
 
@@ -122,7 +122,7 @@ def test_what_is_kept_between_passes_may_take_part_in_gradients() -> None:
         everywhere = ActiveSites.all(2, size, torch.device("cpu"))
         kernel_map(everywhere, window, ActiveSites(torch.rand(2, *size) < 0.5))
         kept = [everywhere.mask, everywhere.index, everywhere.image, everywhere.pixel, everywhere.rank]
-    kept.append(_places(size, size, window, torch.device("cpu")))
+    kept.append(places_of(size, size, window, torch.device("cpu")))
     assert not any(tensor.is_inference() for tensor in kept)
 
 

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from sparsenet.kernels.machine import Kernel, Launch
 
+# The numbers of the kernels' jobs.
+ANY_OF = ("mask", "lines", "columns", "result", "images", "height", "width", "out_height", "out_width")
+SITES = ("mask", "index", "rank", "images", "height", "width", "count")
+TABLE = ("places", "index", "rank", "table", "sites", "taps", "pixels", "plane")
+
 
 def sites(mask: Tensor) -> tuple[Tensor, Tensor]:
     """The active pixels of a mask, bool (N, H, W), as `sparsenet.sites.ActiveSites` has them: `index` and `rank`."""
@@ -17,7 +22,7 @@ def sites(mask: Tensor) -> tuple[Tensor, Tensor]:
     mask = mask.contiguous()
     index = torch.empty(mask.numel(), dtype=torch.int64)
     rank = torch.empty(batch, height + 1, width + 1, dtype=torch.int32)
-    job = _sites()((mask.data_ptr(), index.data_ptr(), rank.data_ptr(), batch, height, width, 0), 1)
+    job = sites_kernel()((mask.data_ptr(), index.data_ptr(), rank.data_ptr(), batch, height, width, 0), 1)
     return index.narrow(0, 0, job[-1]), rank  # a quarter of what it takes to slice
 
 
@@ -34,7 +39,7 @@ def table(places: Tensor, index: Tensor, rank: Tensor) -> Tensor:
     result = torch.empty(count, taps, dtype=torch.int32)
     plane = rank.shape[1] * rank.shape[2]
     pointers = places.data_ptr(), index.data_ptr(), rank.data_ptr(), result.data_ptr()
-    _table()((*pointers, count, taps, pixels, plane), 1)
+    table_kernel()((*pointers, count, taps, pixels, plane), 1)
     return result
 
 
@@ -49,7 +54,7 @@ def any_of(mask: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
     mask, out_height, out_width = mask.contiguous(), lines.shape[0], columns.shape[0]  # see `table`
     result = torch.empty(batch, out_height, out_width, dtype=torch.bool)
     pointers = mask.data_ptr(), lines.data_ptr(), columns.data_ptr(), result.data_ptr()
-    _any_of()((*pointers, batch, height, width, out_height, out_width), 1)
+    any_of_kernel()((*pointers, batch, height, width, out_height, out_width), 1)
     return result
 
 
@@ -71,9 +76,8 @@ def _all_of() -> Launch:
 
 
 @functools.cache
-def _sites() -> Launch:
-    fields = ("mask", "index", "rank", "images", "height", "width", "count")
-    kernel = Kernel("sites", fields, torch.float32)
+def sites_kernel() -> Launch:
+    kernel = Kernel("sites", SITES, torch.float32)
     build, ir = kernel.build, kernel.ir
     byte, narrow = ir.IntType(8), ir.IntType(32)
     mask = build.inttoptr(kernel.field("mask"), byte.as_pointer())
@@ -110,16 +114,15 @@ def _sites() -> Launch:
 
 
 @functools.cache
-def _table() -> Launch:
-    fields = ("places", "index", "rank", "table", "sites", "taps", "pixels", "plane")
-    kernel = Kernel("table", fields, torch.float32)
-    build = kernel.build
+def table_kernel() -> Launch:
+    kernel = Kernel("table", TABLE, torch.float32)
+    build, narrow = kernel.build, kernel.ir.IntType(32)  # a division of 64 bits takes twice as long
     places, rank, table = (kernel.pointer(name, integers=True) for name in ("places", "rank", "table"))
     index = build.inttoptr(kernel.field("index"), kernel.index_type.as_pointer())
     taps, pixels, plane = map(kernel.field, ("taps", "pixels", "plane"))
     with kernel.loop(kernel.field("sites")) as over_sites:
         site = build.load(kernel.at(index, over_sites.index))
-        image = build.udiv(site, pixels)
+        image = build.zext(build.udiv(build.trunc(site, narrow), build.trunc(pixels, narrow)), kernel.index_type)
         reads = kernel.at(places, build.mul(build.sub(site, build.mul(image, pixels)), taps))
         ranks = kernel.at(rank, build.mul(image, plane))
         target = kernel.at(table, build.mul(over_sites.index, taps))
@@ -130,9 +133,8 @@ def _table() -> Launch:
 
 
 @functools.cache
-def _any_of() -> Launch:
-    fields = ("mask", "lines", "columns", "result", "images", "height", "width", "out_height", "out_width")
-    kernel = Kernel("any_of", fields, torch.float32)
+def any_of_kernel() -> Launch:
+    kernel = Kernel("any_of", ANY_OF, torch.float32)
     build, byte = kernel.build, kernel.ir.IntType(8)
     mask, result = (build.inttoptr(kernel.field(name), byte.as_pointer()) for name in ("mask", "result"))
     lines, columns = (kernel.pointer(name, integers=True) for name in ("lines", "columns"))

@@ -55,6 +55,23 @@ class Launch:
         self.run(job, threads)
         return job
 
+    def each(self, jobs: array[int], threads: int) -> None:
+        """Run it on jobs that follow one another, side by side on so many threads, each job on one of them."""
+        first, numbers = jobs.buffer_info()
+        _each()((self._address, first, self._length, numbers // self._length, 0), threads)
+
+
+@functools.cache
+def _each() -> Launch:
+    kernel = Kernel("each", ("function", "jobs", "length", "count", "taken"), torch.float32)
+    build, job = kernel.build, kernel.index_type.as_pointer()
+    kind = kernel.ir.FunctionType(kernel.ir.VoidType(), [job])
+    function = build.inttoptr(kernel.field("function"), kind.as_pointer())
+    jobs, length = build.inttoptr(kernel.field("jobs"), job), kernel.field("length")
+    with kernel.pieces(kernel.field("count")) as piece:
+        build.call(function, [kernel.at(jobs, build.mul(piece, length))])
+    return kernel.compiled()
+
 
 @functools.lru_cache(maxsize=256)
 def bits(number: float) -> int:

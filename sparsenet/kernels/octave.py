@@ -1,4 +1,4 @@
-"""Of predicted saliency: its mask, and the logits of the next octave, at once. Maps are small, and of one channel."""
+"""Of predicted saliency: the masks and logits of all octaves. Maps are small, and of one channel."""
 
 from __future__ import annotations
 
@@ -9,28 +9,41 @@ from torch import Tensor
 
 from sparsenet.kernels.activations import ACTIVATIONS
 from sparsenet.kernels.machine import Kernel, Launch, bits, lanes
-from sparsenet.kernels.queue import Job
 
 
-def octave(
-    logits: Tensor, threshold: float, following: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Job]:
-    """The mask, bool (N, H, W), of pixels whose sigmoid is above a threshold, and what writes it, and to `following` a
-    3x3 convolution of these, with a stride of 2 and 1 pixel of padding.
+def octaves(
+    logits: Tensor, threshold: float, convolutions: list[tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The logits of all octaves, float32 (N, 1, H, W), the given ones first, each of the others a convolution of the
+    sigmoid before it; and the masks, bool (N, H, W), of pixels whose sigmoid is above a threshold.
 
     Args:
-        logits, following: float32 (N, 1, H, W), contiguous; `following` is `None` where there is no other octave.
-        weight, bias: of the convolution, (1, 1, 3, 3) and (1,), contiguous.
+        logits: contiguous.
+        convolutions: weight and bias of each, (1, 1, 3, 3) and (1,), contiguous: 3x3, with a stride of 2 and 1 pixel
+            of padding.
     """
     batch, _, height, width = logits.shape
-    pixels = batch * height * width
-    mask = torch.empty(pixels + lanes(torch.float32), dtype=torch.bool)  # where whole vectors are written
-    plane = torch.zeros(height + 2, width + 2)
-    parts = (logits, mask, plane, following, weight, bias)
-    addresses = (0 if part is None else part.data_ptr() for part in parts)
-    out = (0, 0) if following is None else following.shape[2:]
-    numbers = [*addresses, bits(threshold), batch, height, width, *out]
-    return mask[:pixels].view(batch, height, width), Job(_octave(), numbers, 1, *parts)
+    grids = [(height, width)]
+    for _ in convolutions:
+        grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
+    pixels = [batch * height * width for height, width in grids]
+    # In the same memory: to make each by itself takes longer than to compute it.
+    memory, plane = logits.new_empty(sum(pixels[1:])), logits.new_empty(height + 2, width + 2)
+    flags = torch.empty(sum(pixels) + lanes(torch.float32), dtype=torch.bool)  # whole vectors are written
+    found, masks, start, flag = [logits], [], 0, 0
+    for place, ((height, width), count) in enumerate(zip(grids, pixels, strict=True)):
+        following, parts = (0, 0), (0, 0, 0)
+        if place < len(convolutions):
+            following, (weight, bias) = grids[place + 1], convolutions[place]
+            strides = (following[0] * following[1], following[0] * following[1], following[1], 1)
+            found.append(memory.as_strided((batch, 1, *following), strides, start))
+            start += pixels[place + 1]
+            parts = found[-1].data_ptr(), weight.data_ptr(), bias.data_ptr()
+        masks.append(flags.as_strided((batch, height, width), (height * width, width, 1), flag))
+        addresses = found[place].data_ptr(), masks[-1].data_ptr(), plane.data_ptr(), *parts
+        _octave()((*addresses, bits(threshold), batch, height, width, *following), 1)
+        flag += count
+    return found, masks
 
 
 @functools.cache
@@ -43,6 +56,8 @@ def _octave() -> Launch:
     height, width, out_height, out_width = map(kernel.field, ("height", "width", "out_height", "out_width"))
     flags = ir.VectorType(ir.IntType(8), kernel.lanes)
     wide = build.add(width, kernel.integer(2))
+    with kernel.loop(build.mul(build.add(height, kernel.integer(2)), wide)) as places:
+        build.store(kernel.ir.Constant(kernel.scalar, 0.0), kernel.at(plane, places.index))
 
     with kernel.loop(kernel.field("images")) as images:
         image = build.mul(images.index, build.mul(height, width))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsenet.atlas import route
 from sparsenet.backends import indirect, triton
 from sparsenet.backends.epilogue import Epilogue
 from sparsenet.backends.ways import Reads, Tables
@@ -97,7 +98,7 @@ class _Pooling:
             tables = OfAllPixels(x.grid, window, out_grid, rows.device)
         else:
             inputs, images, outputs = len(rows), 1, len(selection.sites(out_grid))
-            tables = OfActiveSites(selection, x.grid, x.full, window, out_grid)
+            tables = OfActiveSites(selection, route(x.grid, x.full, window, out_grid))
         reads = Reads(rows, tables, inputs, images * outputs, images, x.grid, out_grid, selection.everything)
         work = Work(MaxPool(rows.shape[1], self.outside), selection, reads, Epilogue())
         x.read_by(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsenet.regions import any_pool, by_cells, covered
-from sparsenet.sites import Pair
+from sparsenet.sites import ActiveSites, Pair
 
 # Maps this small are always on where masks are predicted: they cost next to nothing and see the whole image.
 ALWAYS_ON = 3
@@ -40,6 +41,7 @@ def strongest(scores: Tensor, count: int) -> Tensor:
     return (above | (equal & (equal.cumsum(1) <= places))).view(scores.shape)
 
 
+@functools.lru_cache(maxsize=256)
 def octave(entry: Pair, size: Pair) -> int:
     """How many halvings lie between the entry's size and a coarser one: round(log2(H_entry / H)), at least 0."""
     return max(0, round(math.log2(entry[0] / size[0])))
@@ -171,7 +173,7 @@ class LearnedLevels:
         if self.capacity is not None:
             return strongest(self._scores(size), active_count(self.capacity, size))
         if max(size) <= ALWAYS_ON:
-            return torch.ones(len(self.octaves[0]), *size, dtype=torch.bool, device=self.octaves[0].device)
+            return ActiveSites.all(len(self.octaves[0]), size, self.octaves[0].device).mask
         level = self._level(size)
         if self._random is None and level < len(self._masks) and self._masks[level].shape[1:] == size:
             mask = self._masks[level]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsenet import context
+from sparsenet.atlas import Atlases
 from sparsenet.features import Features, enter, ordinary
+from sparsenet.kernels import machine
 from sparsenet.regions import Frame
 from sparsenet.selection import Levels, Options, Selection
 from sparsenet.selector.levels import GivenLevels, LearnedLevels, Octaves
@@ -73,7 +75,7 @@ class Selector(nn.Module):
         self.down = Octaves({str(k): _downsampler() for k in range(1, octaves + 1)})
         self.options = options
         self._met: dict[Pair, dict[Pair, None]] = {}  # by size of the entry, the sizes that passes have met after it
-        self._asked: dict[Pair, dict[Any, None]] = {}  # and the kernel maps that the last pass has asked for
+        self._atlases = Atlases()
 
     def forward(self, x: Any) -> Any:
         return x
@@ -103,7 +105,7 @@ class Selector(nn.Module):
             )
         size = (features.shape[2], features.shape[3])
         options = self.options if backend == self.options.backend else replace(self.options, backend=backend)
-        batch, device, met = len(features), features.device, self._sizes_after(size)
+        batch, device, met = features.shape[0], features.device, self._sizes_after(size)
         selection = Selection(levels, batch, size, device, options, observers, self, live, self.counted, met)
         if gating is not None:
             selection.live_layers, selection.soft = gating.layers, gating.soft
@@ -113,9 +115,8 @@ class Selector(nn.Module):
             selection.prepare([*met, size, *given])
         if any(selection.peek(each).everywhere for each in given):
             return features
-        if selection.queues:
-            selection.expect(list(self._asked.get(size, ())))  # of a pass that may go on in another thread
-            self._asked[size] = selection.asked
+        if selection.queues and not selection.counted and machine.unsupported() is None:
+            self._atlases.begin(selection)
         return enter(ordinary(features), selection)
 
     def _full(self, features: Tensor, backend: str) -> bool | None:
@@ -130,23 +131,23 @@ class Selector(nn.Module):
         if not self._met and hasattr(self, "plan"):
             self._met[self.plan.size] = dict.fromkeys(self.plan.sizes)
         if len(self._met) >= MOST_SIZES:
-            self._met, self._asked = {}, {}
+            self._met = {}
         return self._met.setdefault(entry, {})
 
     def _levels(self, features: Tensor) -> Levels:
-        settings = context.current()
+        settings, batch = context.current(), features.shape[0]  # `len` of features is dispatched, 20 µs
         if settings.regions is not None:
-            mask = settings.regions.entry_mask(context.frame(), len(features), features.device)
+            mask = settings.regions.entry_mask(context.frame(), batch, features.device)
             return GivenLevels(mask, self.options.capacity)
         logits = ordinary(self.module(features))
-        expected = (len(features), 1, *features.shape[2:])
+        expected = (batch, 1, features.shape[2], features.shape[3])
         if logits.shape == (expected[0], *expected[2:]):
             logits = logits[:, None]
         if tuple(logits.shape) != expected:
             raise ValueError(f"the selector must give one logit per pixel, {expected}, but gave {tuple(logits.shape)}")
         supervision = settings.supervision or Supervision()
         gating = supervision.gating if self.training and torch.is_grad_enabled() and logits.requires_grad else None
-        target = supervision.target(context.frame(), len(features))
+        target = supervision.target(context.frame(), batch)
         levels = LearnedLevels(logits, self.down, self.threshold, gating, target, self.options.capacity)
         supervision.observe(levels, context.frame())
         if settings.stop_at == "selector":
