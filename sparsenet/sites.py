@@ -150,8 +150,7 @@ class ActiveSites:
     @constant(64)
     def all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
         """Every pixel active, as in features that still carry their whole context."""
-        mask = torch.ones(batch, *size, dtype=torch.bool, device=device)
-        sites = ActiveSites(mask, None if device.type == "cpu" else [size[0] * size[1]] * batch)
+        sites = _all(batch, size, device)
         _ = sites.index, sites.image, sites.pixel, sites.rank
         return sites
 
@@ -342,14 +341,20 @@ def pairs_of(length: int) -> Tensor:
 @constant(64)
 def dense_tiles(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tiles:
     """The tiles of a convolution of all pixels of one image."""
-    return tiles(ActiveSites.all(1, size, device), window, ActiveSites.all(1, out_size, device))
+    return tiles(_all(1, size, device), window, _all(1, out_size, device))
 
 
 @constant(64)
 def dense_table(size: Pair, window: Reading, out_size: Pair, device: torch.device) -> Tensor:
     """The table of the kernel map between all pixels of one image: int32 (H_out * W_out, taps)."""
     places = _made_places(size, out_size, window, device)  # as large as the table, and not needed for another one
-    return ActiveSites.all(1, size, device).rank.view(-1).index_select(0, places.view(-1)).view(places.shape)
+    return _all(1, size, device).rank.view(-1).index_select(0, places.view(-1)).view(places.shape)
+
+
+def _all(batch: int, size: Pair, device: torch.device) -> ActiveSites:
+    """Every pixel active, not kept: those of an image of 448x448 are 4 MB."""
+    mask = torch.ones(batch, *size, dtype=torch.bool, device=device)
+    return ActiveSites(mask, None if device.type == "cpu" else [size[0] * size[1]] * batch)
 
 
 @constant(64)
