@@ -19,7 +19,8 @@ class Record:
     """The last forward pass of a selective model inside `with record(model) as rec:`.
 
     Attributes:
-        masks: bool (N, H, W) by (H, W), for the entry and every size that the pass met.
+        masks: bool (N, H, W) by (H, W), for the entry and every size that the pass met; copies, since some are of every
+            pass.
         saliency: probabilities (N, H, W) by (H, W), where they were predicted; they carry gradient in training.
         density: active share by (H, W), over the batch.
         macs: multiply-accumulates of the whole pass as computed, Selective Module included, summed over the batch;
@@ -53,7 +54,7 @@ class Record:
     @property
     def masks(self) -> dict[Pair, Tensor]:
         selection = self._last()
-        return {size: selection.sites(size).mask for size in selection.sizes}
+        return {size: selection.sites(size).mask.clone() for size in selection.sizes}
 
     @property
     def saliency(self) -> dict[Pair, Tensor]:

@@ -196,6 +196,26 @@ def test_saliency_and_its_threshold(learned: nn.Module) -> None:
     assert 0.3 < rec.density[SIZE] < 0.7
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["selective", "frozen"])
+@torch.no_grad()
+def test_to_write_to_recorded_masks_changes_no_pass(freeze: bool) -> None:
+    """Those of the smallest maps are always on, and kept."""
+    images = torch.rand(1, 3, 4, 6)
+    model = selective(SmallNet(), selector=nn.Conv2d(6, 1, 1), example_inputs=images)
+    if freeze:
+        model = sparsenet.freeze(model, images)
+    before = model(images)
+    with sparsenet.record(model) as rec:
+        model(images)
+        for mask in rec.masks.values():
+            mask.zero_()
+    assert rec.density[2, 3] == 1
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+    with sparsenet.record(model) as rec:
+        model(images)
+    assert rec.density[2, 3] == 1
+
+
 def test_saliency_carries_gradient_in_training(learned: nn.Module) -> None:
     """So that a budget on the density can be trained."""
     with sparsenet.record(learned) as rec:
