@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -112,6 +113,23 @@ def test_masks_do_not_hang_on_those_before(problem: tuple[dict[Pair, Tensor], li
         same(before[route], route.of(other))  # nor are these written to by what follows
 
 
+def test_passes_in_threads_share_an_atlas() -> None:
+    size = (40, 50)
+    routes = [Route(size, False, Window((3, 3), (1, 1), (1, 1)), size, tiles=tiles) for tiles in (False, True)]
+    made = Atlas(routes, 1)
+    masks = [torch.rand(1, *size) < density for density in (0.2, 0.5, 0.8)]
+    expected = [made.found([mask])[1] for mask in masks]
+
+    def passes(place: int) -> None:
+        for _ in range(100):
+            found = made.found([masks[place]])[1]
+            for route in routes:
+                same(found[route], expected[place][route])
+
+    with ThreadPoolExecutor(len(masks)) as threads:
+        list(threads.map(passes, range(len(masks))))
+
+
 def ask(selection: Selection, routes: list[Route]) -> None:
     for route in routes:
         same(selection.along(route), route.of(selection_of(selection.levels.masks)))  # type: ignore[attr-defined]
@@ -141,6 +159,8 @@ def test_a_pass_finds_what_the_last_one_of_its_size_has_asked_for() -> None:
     assert turn([]) == (0, 1)
     assert turn([]) == (0, 0)
     assert turn([second]) == (1, 0)
+    assert turn([first]) == (1, 1)  # as many as the last pass asked for, and others
+    assert turn([first]) == (0, 1)
 
 
 def test_it_keeps_the_last_sizes() -> None:
