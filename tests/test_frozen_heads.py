@@ -63,3 +63,6 @@ def test_of_any_maps_and_channels(
             torch.testing.assert_close(frozen(images), model(images))
     if not mask.all() and all(layer.layer.waiting("guided") for layer in frozen.layers):
         assert frozen.together[-1] is not None
+    with sparsenet.use_mask(mask), sparsenet.record(frozen) as found, sparsenet.record(model) as expected:
+        torch.testing.assert_close(frozen(images), model(images))
+    assert found.macs == expected.macs
