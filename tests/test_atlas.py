@@ -115,7 +115,7 @@ def test_masks_do_not_hang_on_those_before(problem: tuple[dict[Pair, Tensor], li
 
 def test_passes_in_threads_share_an_atlas() -> None:
     size = (40, 50)
-    routes = [Route(size, False, Window((3, 3), (1, 1), (1, 1)), size, tiles=tiles) for tiles in (False, True)]
+    routes = [Route(size, False, Window((3, 3), padding=(1, 1)), size, tiles=tiles) for tiles in (False, True)]
     made = Atlas(routes, 1)
     masks = [torch.rand(1, *size) < density for density in (0.2, 0.5, 0.8)]
     expected = [made.found([mask])[1] for mask in masks]

@@ -202,7 +202,8 @@ def test_rows_may_be_part_of_wider_ones() -> None:
 def test_large_weights_go_panel_by_panel() -> None:
     """Weights beyond `indirect.WEIGHTS` are computed a panel at a time, over all sites, and tap by tap where a panel is
     more than `indirect.AHEAD`."""
-    for channels, by_tap in ((200, False), (7680 // machine.lanes(torch.float32), True)):
+    large = 16 * 480 // machine.lanes(torch.float32)  # a panel is two vectors wide
+    for channels, by_tap in ((200, False), (large, True)):
         rows, weight = torch.randn(40, channels), torch.randn(250, channels, 3, 3) / 48
         table = torch.randint(0, 42, (133, 9), dtype=torch.int32)
         packed = indirect.pack(weight, 1).weights
